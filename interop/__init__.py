@@ -1,0 +1,29 @@
+"""The framework-free hub of randlora: what an adapter is, its file, and the way between the stacks.
+
+Imports numpy, ml_dtypes and safetensors only; `convert` imports a stack by name when it is asked for one.
+"""
+
+from interop.adapter import Adapter, Factors, init_adapter
+from interop.bases import DEFAULT_RECIPE, RECIPES, Bases, bases_digest, make_bases
+from interop.config import RandLoraConfig
+from interop.convert import convert
+from interop.errors import AdapterFormatError
+from interop.files import load, save
+from interop.targets import resolve_targets
+
+__all__ = [
+    "DEFAULT_RECIPE",
+    "RECIPES",
+    "Adapter",
+    "AdapterFormatError",
+    "Bases",
+    "Factors",
+    "RandLoraConfig",
+    "bases_digest",
+    "convert",
+    "init_adapter",
+    "load",
+    "make_bases",
+    "resolve_targets",
+    "save",
+]

@@ -1,0 +1,192 @@
+"""`Adapter`: config, factors and bases in numpy, keyed by torch module name, in torch's (out, in) coordinates.
+
+Conversion between stacks is renaming arrays to and from this form; it never transposes or rescales a factor.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from interop.bases import DEFAULT_RECIPE, Bases, make_bases
+from interop.config import RandLoraConfig
+from interop.errors import AdapterFormatError, bulleted
+from interop.shapes import bases_shapes, factor_shapes, num_bases, shared_dims
+
+
+class Factors(NamedTuple):
+    """The trainable part of one layer: lambda (r, n) scales basis columns, gamma (n, min(out, in)) rows of A."""
+
+    lam: np.ndarray
+    gamma: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A RandLoRA adapter without a framework: what PEFT's two files hold, and what they leave to the model.
+
+    Attributes:
+        config: The adapter's `RandLoraConfig`.
+        factors: lambda and gamma of each adapted layer, by torch module name, in the dtype they are stored in.
+        bases: The one pair of frozen bases, or None for a file without them that was not bound to a model yet.
+        recipe: Name of the recipe that made the bases (`interop.RECIPES`), None if no recipe is known to.
+        shapes: (out, in) of each adapted layer; None if the file does not say and no model was seen yet.
+        saved_weights: Other tensors of the file that the config accounts for (trained biases, modules_to_save), under
+            the keys they have there.
+
+    Raises:
+        AdapterFormatError: the parts do not fit together; every misfit is listed.
+    """
+
+    config: RandLoraConfig
+    factors: Mapping[str, Factors]
+    bases: Bases | None = None
+    recipe: str | None = None
+    shapes: Mapping[str, tuple[int, int]] | None = None
+    saved_weights: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Sort the modules by name and check that all parts fit together."""
+        object.__setattr__(self, "factors", {name: Factors(*self.factors[name]) for name in sorted(self.factors)})
+        if self.shapes is not None:
+            shapes = {name: (int(out), int(inp)) for name, (out, inp) in sorted(self.shapes.items())}
+            object.__setattr__(self, "shapes", shapes)
+        problems = list(_misfits(self))
+        if problems:
+            raise AdapterFormatError(bulleted("the adapter is inconsistent", problems))
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers."""
+        return tuple(self.factors)
+
+    @property
+    def num_trainable(self) -> int:
+        """Count of trainable numbers in lambda and gamma."""
+        return sum(part.size for pair in self.factors.values() for part in pair)
+
+    def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> np.ndarray:
+        """The update of one layer in torch's (out, in) orientation, computed in float64.
+
+        `s * B (lambda * A * gamma)`, arXiv:2502.00987 up to PEFT's pairing of flat indices: row `k*n + b` of the
+        scaled A meets column `b*r + k` of B. Transposed where the short side is the output.
+
+        Args:
+            module: One of `adapter.modules`.
+            shape: (out, in) of the layer; may be left out if `adapter.shapes` is known.
+
+        Raises:
+            KeyError: `module` is not adapted.
+            ValueError: the shape is unknown or does not fit, or the adapter has no bases.
+        """
+        if module not in self.factors:
+            raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {len(self.factors)} that are.")
+        shape = shape or (self.shapes or {}).get(module)
+        if shape is None:
+            raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
+        if self.bases is None:
+            raise ValueError("this adapter has no bases yet: give it its model's layer shapes, adapter.bind(shapes).")
+        lam, gamma = (part.astype(np.float64) for part in self.factors[module])
+        n, min_dim = gamma.shape
+        if min_dim != min(shape):
+            raise ValueError(f"shape={tuple(shape)} does not fit {module!r}: its short side must be {min_dim}.")
+        A = self.bases.A[:, 0, :min_dim].astype(np.float64)
+        B = self.bases.B[: max(shape), :n].astype(np.float64)
+        scaled_A = lam[:, :, None] * A[:, None, :] * gamma  # (r, n, min_dim)
+        delta = self.config.scaling * (B.reshape(max(shape), -1) @ scaled_A.reshape(-1, min_dim))
+        return delta if shape[1] == min_dim else delta.T
+
+    def bind(self, shapes: Mapping[str, tuple[int, int]]) -> "Adapter":
+        """This adapter on a model: (out, in) of each adapted layer known and checked, the bases made if missing.
+
+        Args:
+            shapes: (out, in) by module name, of (at least) the adapted layers of the model.
+
+        Raises:
+            AdapterFormatError: the model lacks an adapted layer, or one has another shape; all are listed.
+        """
+        missing = [name for name in self.factors if name not in shapes]
+        if missing:
+            have = f"it has {len(shapes)} linear layers" + (f", such as {next(iter(shapes))!r}" if shapes else "")
+            raise AdapterFormatError(bulleted(f"the model lacks these adapted layers ({have})", missing))
+        known = {name: tuple(shapes[name]) for name in self.factors}
+        expected = self.shapes or {}
+        wrong = [
+            f"{name}: the model has {shape}, the adapter was made for {expected[name]}"
+            for name, shape in known.items()
+            if name in expected and expected[name] != shape
+        ]
+        if wrong:
+            raise AdapterFormatError(bulleted("the adapter was made for another base model", wrong))
+        bound = dataclasses.replace(self, shapes=known)
+        if self.bases is None:
+            recipe = self.recipe or DEFAULT_RECIPE
+            made = make_bases(self.config, **shared_dims(known.values())._asdict(), recipe=recipe)
+            bound = dataclasses.replace(bound, bases=made, recipe=recipe)
+        return bound
+
+
+def init_adapter(
+    config: RandLoraConfig,
+    shapes: Mapping[str, tuple[int, int]],
+    *,
+    recipe: str = DEFAULT_RECIPE,
+    rng: np.random.Generator | None = None,
+) -> Adapter:
+    """A new adapter for layers of the given (out, in) shapes, with PEFT's starting values in float32.
+
+    `init_weights=True`: lambda = 0 and gamma = 1/max(n, min(out, in)), so dW = 0. `init_weights=False`:
+    lambda ~ N(0, 1) and gamma = 1/max(out, in).
+
+    Raises:
+        ValueError: `shapes` is empty, `init_weights=False` without `rng`, or the bases cannot be made.
+    """
+    bases = make_bases(config, **shared_dims(shapes.values())._asdict(), recipe=recipe)
+    if not config.init_weights and rng is None:
+        raise ValueError("init_weights=False draws lambda at random: pass rng=numpy.random.default_rng(seed).")
+    factors = {}
+    for name, shape in shapes.items():
+        shape_lam, shape_gamma = factor_shapes(shape, config.r)
+        if config.init_weights:
+            lam, start = np.zeros(shape_lam, np.float32), 1 / max(shape_gamma)
+        else:
+            lam, start = rng.standard_normal(shape_lam, np.float32), 1 / max(shape)
+        factors[name] = Factors(lam, np.full(shape_gamma, start, np.float32))
+    return Adapter(config=config, factors=factors, bases=bases, recipe=recipe, shapes=dict(shapes))
+
+
+def _misfits(adapter: Adapter) -> Iterable[str]:
+    """Every way in which the parts of an adapter contradict each other."""
+    r, shapes = adapter.config.r, adapter.shapes
+    if not adapter.factors:
+        yield "it adapts no layer"
+    if shapes is not None and set(shapes) != set(adapter.factors):
+        yield f"{sorted(set(shapes) ^ set(adapter.factors))} have factors or a shape, but not both"
+    for name, (lam, gamma) in adapter.factors.items():
+        n, min_dim = gamma.shape if gamma.ndim == 2 else (0, 0)
+        if lam.shape != (r, n) or min_dim < 1 or n != num_bases(min_dim, r):
+            yield (
+                f"{name}: lambda {lam.shape} and gamma {gamma.shape} do not fit r={r};"
+                f" for a short side m they are ({r}, ceil(m/{r})) and (ceil(m/{r}), m)"
+            )
+        elif shapes and name in shapes and min(shapes[name]) != min_dim:
+            yield f"{name}: gamma {gamma.shape} does not fit a layer of shape {shapes[name]}"
+    if adapter.bases is not None:
+        yield from _misfits_of_bases(adapter, adapter.bases)
+
+
+def _misfits_of_bases(adapter: Adapter, bases: Bases) -> Iterable[str]:
+    r = adapter.config.r
+    if bases.A.ndim != 3 or bases.B.ndim != 3:
+        yield f"bases A {bases.A.shape} and B {bases.B.shape} must have 3 axes: (r, 1, min_dim) and (max_dim, n, r)"
+        return
+    wanted = bases_shapes(bases.dims, r)
+    if (bases.A.shape, bases.B.shape) != wanted:
+        yield f"bases A {bases.A.shape} and B {bases.B.shape} do not fit r={r}: expected {wanted[0]} and {wanted[1]}"
+    for name, (_, gamma) in adapter.factors.items():
+        if gamma.ndim == 2 and gamma.shape[1] > bases.dims.min_dim:
+            yield f"{name}: its short side {gamma.shape[1]} exceeds that of the bases, {bases.dims.min_dim}"
+    for name, shape in (adapter.shapes or {}).items():
+        if max(shape) > bases.dims.max_dim:
+            yield f"{name}: its long side {max(shape)} exceeds that of the bases, {bases.dims.max_dim}"

@@ -1,0 +1,58 @@
+"""`convert`: from anything that holds an adapter to any stack, which is imported by name only when asked for."""
+
+import importlib
+import os
+from typing import Any
+
+from interop.adapter import Adapter
+from interop.files import load
+
+_STACKS = {"jax": "randlora_jax", "torch": "randlora_torch"}
+_MODEL_ROOTS = {"flax": "jax", "torch": "torch"}  # package that a model's base class comes from -> stack
+TARGETS = (*_STACKS, "peft")
+
+
+def convert(source: Any, to: str) -> Any:
+    """Move an adapter to another stack. Arrays are renamed, never recomputed: round trips give the same bytes.
+
+    Args:
+        source: A folder, an `interop.Adapter`, a `RandLoraAdapter` of either stack, or a model with one attached.
+        to: "jax" for a `randlora_jax.RandLoraAdapter`, "torch" for a `randlora_torch.RandLoraAdapter`, "peft" for an
+            `interop.Adapter` ready for `interop.save`.
+
+    Raises:
+        ValueError: `to` is none of these.
+        TypeError: `source` holds no adapter.
+        ImportError: the stack is not installed; the message names the extra.
+        AdapterFormatError: a folder does not hold a complete adapter.
+    """
+    if to not in TARGETS:
+        raise ValueError(f"to={to!r} is not a stack: choose one of {TARGETS}.")
+    adapter = _as_adapter(source)
+    return adapter if to == "peft" else _stack(to).RandLoraAdapter.from_interop(adapter)
+
+
+def _as_adapter(source: Any) -> Adapter:
+    if isinstance(source, Adapter):
+        return source
+    if isinstance(source, str | os.PathLike):
+        return load(source)
+    if hasattr(source, "to_interop"):
+        return source.to_interop()
+    for base in type(source).__mro__:
+        stack = _MODEL_ROOTS.get(base.__module__.split(".")[0])
+        if stack is not None:
+            return _stack(stack).extract(source).to_interop()
+    raise TypeError(
+        f"source is a {type(source).__name__}, which holds no adapter: pass a folder, an Adapter, a RandLoraAdapter, or"
+        " a torch or Flax NNX model with an adapter attached."
+    )
+
+
+def _stack(name: str) -> Any:
+    try:
+        return importlib.import_module(_STACKS[name])
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith(("randlora", "interop")):
+            raise
+        raise ImportError(f"{error.name} is not installed. Run: pip install 'randlora[{name}]'") from error

@@ -1,0 +1,259 @@
+"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read strictly and written atomically.
+
+Keys are `base_model.model.<module>.randlora_lambda|gamma`, and for the bases `base_model.randlora_A|B` (one copy, as
+PEFT's main branch writes it) or a copy per layer (PEFT <= 0.21.2), which must then all be equal. What PEFT does not
+record (recipe, shapes, SHA-256 of the bases) stands as JSON under `randlora` in the safetensors metadata.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from interop.adapter import Adapter, Factors
+from interop.bases import DEFAULT_RECIPE, RECIPES, Bases, bases_digest, identify_recipe, make_bases
+from interop.config import RandLoraConfig
+from interop.errors import AdapterFormatError, bulleted
+from interop.tensorfile import DTYPES, safetensors_parts, write_atomically
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+
+_KEY = re.compile(r"base_model\.(?:model\.(?P<module>.+)\.)?randlora_(?P<part>lambda|gamma|A|B)")
+
+
+def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Adapter:
+    """Read an adapter folder written by us or by PEFT. Nothing in it is ignored and nothing is executed.
+
+    Args:
+        directory: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+        recipe: The recipe of the bases (`interop.RECIPES`), for a file that holds no bases and does not name it.
+            Without it, today's torch is assumed and a warning says so.
+
+    Raises:
+        FileNotFoundError: the folder or one of its two files does not exist.
+        AdapterFormatError: the content is malformed, incomplete, has left-over tensors, or contradicts itself.
+    """
+    directory = Path(directory)
+    if recipe is not None and recipe not in RECIPES:
+        raise ValueError(f"recipe={recipe!r} is not known: choose one of {list(RECIPES)}.")
+    config = _read_config(_existing(directory, CONFIG_NAME))
+    path = _existing(directory, WEIGHTS_NAME)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            factors, bases, saved_weights = _read_tensors(path, file, config)
+            notes = _read_notes(path, file.metadata() or {})
+    except SafetensorError as error:
+        raise AdapterFormatError(
+            f"{path} is not a valid safetensors file ({error}). Copy or download it again."
+        ) from error
+    try:
+        return _assemble(path, config, factors, bases, saved_weights, notes, recipe)
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{path}: {error}") from error
+
+
+def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
+    """Write an adapter as PEFT's two files, with one copy of the bases or, if `save_projection=False`, none.
+
+    The same adapter always gives the same bytes. Each file is written beside its place and moved there when it is
+    complete, so that a crash never leaves half a file.
+
+    Raises:
+        ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet.
+    """
+    with_bases = adapter.config.save_projection
+    if with_bases and adapter.bases is None:
+        raise ValueError(
+            "save_projection=True, but the bases of this adapter are not known: bind it to its model first"
+            " (adapter.bind(shapes)), or set save_projection=False."
+        )
+    if not with_bases and adapter.bases is not None and adapter.recipe is None:
+        raise ValueError(
+            "save_projection=False, but no recipe rebuilds the bases of this adapter, so they would be lost:"
+            " save it with save_projection=True."
+        )
+    tensors: dict[str, np.ndarray] = dict(adapter.saved_weights)
+    for name, (lam, gamma) in adapter.factors.items():
+        tensors[f"base_model.model.{name}.randlora_lambda"] = lam
+        tensors[f"base_model.model.{name}.randlora_gamma"] = gamma
+    if with_bases and adapter.bases is not None:
+        tensors["base_model.randlora_A"], tensors["base_model.randlora_B"] = adapter.bases
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    metadata = {"format": "pt", "randlora": json.dumps(_notes(adapter), sort_keys=True)}
+    write_atomically(directory / WEIGHTS_NAME, safetensors_parts(tensors, metadata))
+    config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
+    write_atomically(directory / CONFIG_NAME, [config.to_json().encode()])
+
+
+def _existing(directory: Path, name: str) -> Path:
+    path = directory / name
+    if path.is_file():
+        return path
+    if not directory.is_dir():
+        raise FileNotFoundError(f"{directory} is not a folder. Pass the folder that holds {CONFIG_NAME}.")
+    if name == WEIGHTS_NAME and (directory / "adapter_model.bin").exists():
+        raise AdapterFormatError(
+            f"{directory} holds adapter_model.bin, a pickle, which can run code when it is read. Load it with PEFT and"
+            " write it again with model.save_pretrained(folder, safe_serialization=True)."
+        )
+    inside = sorted(child.name for child in directory.iterdir() if (child / CONFIG_NAME).is_file())
+    hint = f" Its sub-folders {inside} do: PEFT writes one per adapter name." if inside else ""
+    raise FileNotFoundError(f"{directory} holds no {name}.{hint}")
+
+
+def _read_config(path: Path) -> RandLoraConfig:
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(fields, dict):
+            raise ValueError(f"holds a JSON {type(fields).__name__}, not an object")
+        return RandLoraConfig.from_dict(fields)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise AdapterFormatError(f"{path} is not a valid RandLoRA config: {error}") from error
+
+
+def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Our own metadata, {} for a file by PEFT."""
+    text = metadata.get("randlora")
+    if text is None:
+        return {}
+    try:
+        notes = json.loads(text)
+        version = notes["format_version"]
+        if version > FORMAT_VERSION:
+            raise AdapterFormatError(
+                f"{path} has format_version {version}, this release reads up to {FORMAT_VERSION}: upgrade randlora."
+            )
+        return notes
+    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterFormatError(f"{path}: the metadata entry 'randlora' is malformed ({error!r}).") from error
+
+
+def _notes(adapter: Adapter) -> dict[str, Any]:
+    dims = None if adapter.bases is None else adapter.bases.dims
+    return {
+        "format_version": FORMAT_VERSION,
+        "recipe": adapter.recipe,
+        "bases_sha256": None if adapter.bases is None else bases_digest(adapter.bases),
+        "max_dim": dims and dims.max_dim,
+        "min_dim": dims and dims.min_dim,
+        "shapes": adapter.shapes and {name: list(shape) for name, shape in adapter.shapes.items()},
+    }
+
+
+def _read_tensors(
+    path: Path, file: Any, config: RandLoraConfig
+) -> tuple[dict[str, Factors], Bases | None, dict[str, np.ndarray]]:
+    """Sort the tensors of a file into factors, one copy of the bases, and what else the config accounts for."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    copies: dict[str, np.ndarray] = {}
+    others: dict[str, np.ndarray] = {}
+    problems: list[str] = []
+    for key in file.keys():
+        code = file.get_slice(key).get_dtype()
+        match = _KEY.fullmatch(key)
+        if code not in DTYPES:
+            problems.append(f"{key}: dtype {code} is not one of {sorted(DTYPES)}")
+        elif match is None:
+            if not _accounted_for(key, config):
+                problems.append(f"{key}: left over; neither a RandLoRA tensor nor named by bias or modules_to_save")
+            else:
+                others[key] = file.get_tensor(key)
+        elif match["part"] in "AB":
+            value = file.get_tensor(key)
+            first = copies.setdefault(match["part"], value)
+            if first is not value and (first.dtype != value.dtype or first.tobytes() != value.tobytes()):
+                problems.append(f"{key}: differs from another copy of basis {match['part']} in the same file")
+        elif match["module"] is None:
+            problems.append(f"{key}: left over; lambda and gamma belong to a module")
+        else:
+            found.setdefault(match["module"], {})[match["part"]] = file.get_tensor(key)
+    for module, parts in found.items():
+        problems += [
+            f"base_model.model.{module}.randlora_{part}: missing" for part in ("lambda", "gamma") if part not in parts
+        ]
+    problems += [
+        f"base_model.randlora_{part}: missing, the other basis is there" for part in {"A", "B"} - set(copies) if copies
+    ]
+    if problems:
+        raise AdapterFormatError(bulleted(f"{path} is not a complete RandLoRA adapter", problems))
+    factors = {module: Factors(parts["lambda"], parts["gamma"]) for module, parts in found.items()}
+    return factors, Bases(copies["A"], copies["B"]) if copies else None, others
+
+
+def _accounted_for(key: str, config: RandLoraConfig) -> bool:
+    """Whether a tensor that is not RandLoRA's own is one that PEFT saves for this config."""
+    segments = key.split(".")
+    if config.bias != "none" and segments[-1] == "bias":
+        return True
+    return any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
+
+
+def _assemble(
+    path: Path,
+    config: RandLoraConfig,
+    factors: dict[str, Factors],
+    bases: Bases | None,
+    saved_weights: dict[str, np.ndarray],
+    notes: dict[str, Any],
+    recipe: str | None,
+) -> Adapter:
+    """Check what was read against the notes, and rebuild or identify the bases."""
+    noted = notes.get("recipe")
+    if noted is not None and noted not in RECIPES:
+        raise AdapterFormatError(f"the bases were made by the unknown recipe {noted!r}. Upgrade randlora.")
+    if recipe and noted and recipe != noted:
+        raise AdapterFormatError(
+            f"the file names the recipe {noted!r}, but recipe={recipe!r} was passed. Drop the argument."
+        )
+    shapes = notes.get("shapes")
+    adapter = Adapter(
+        config=config,
+        factors=factors,
+        bases=bases,
+        recipe=noted or recipe,
+        shapes=shapes and {name: tuple(shape) for name, shape in shapes.items()},
+        saved_weights=saved_weights,
+    )
+    if bases is None:
+        return _without_bases(path, adapter, notes)
+    if not notes:
+        return dataclasses.replace(adapter, recipe=identify_recipe(config, bases))
+    _check_digest(bases, notes, "The file was damaged or edited.")
+    return adapter
+
+
+def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapter:
+    """Rebuild the bases if the file says how; else leave them to the model, whose layers size them."""
+    if notes.get("recipe") and notes.get("max_dim") and notes.get("min_dim"):
+        dims = {name: int(notes[name]) for name in ("max_dim", "min_dim")}
+        bases = make_bases(adapter.config, **dims, recipe=notes["recipe"])
+        _check_digest(bases, notes, "The seed or r in adapter_config.json was changed.")
+        return dataclasses.replace(adapter, bases=bases)
+    if adapter.config.save_projection and adapter.recipe is None:
+        raise AdapterFormatError(
+            "adapter_config.json says save_projection=True, but the file holds no bases (base_model.randlora_A and"
+            f" base_model.randlora_B are missing). If they come from the seed, pass recipe= one of {list(RECIPES)}."
+        )
+    if adapter.recipe is None and not (adapter.config.sparse or adapter.config.very_sparse):
+        warnings.warn(
+            f"{path} neither holds its bases nor names their recipe: they will be rebuilt with {DEFAULT_RECIPE!r}."
+            " For an adapter saved under torch <= 2.11 pass recipe='torch<=2.11'; passing any recipe silences this.",
+            stacklevel=4,
+        )
+    return adapter
+
+
+def _check_digest(bases: Bases, notes: dict[str, Any], cause: str) -> None:
+    want, got = notes.get("bases_sha256"), bases_digest(bases)
+    if want != got:
+        raise AdapterFormatError(f"the bases have SHA-256 {got}, the file was written with {want}. {cause}")

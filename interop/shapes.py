@@ -1,0 +1,56 @@
+"""Integer arithmetic of RandLoRA: how many bases, which shapes, how many trainable numbers.
+
+Everything here follows from a layer's (out, in) shape and the rank r alone, so it is computed here and nowhere else.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Dims(NamedTuple):
+    """The two sizes that one pair of bases is made for; both are shared by every layer of an adapter."""
+
+    max_dim: int
+    min_dim: int
+
+
+def num_bases(min_dim: int, r: int) -> int:
+    """Number n of rank-r bases that reach full rank on a layer whose short side is `min_dim`: ceil(min_dim / r)."""
+    return -(-min_dim // r)
+
+
+def shared_dims(shapes: Iterable[tuple[int, int]]) -> Dims:
+    """Sizes of the bases that serve all layers of the given (out, in) shapes.
+
+    PEFT takes the element-wise maximum over (out, in) first and sorts it afterwards, so an up projection (256, 128)
+    beside a down projection (128, 256) asks for min_dim=256 although no layer has that short side.
+
+    Raises:
+        ValueError: `shapes` is empty.
+    """
+    shapes = list(shapes)
+    if not shapes:
+        raise ValueError("shapes is empty: the bases are sized by at least one layer. Check target_modules.")
+    largest = max(out for out, _ in shapes), max(inp for _, inp in shapes)
+    return Dims(max(largest), min(largest))
+
+
+def factor_shapes(shape: tuple[int, int], r: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Shapes (r, n) of lambda and (n, min(out, in)) of gamma for one layer of shape (out, in)."""
+    min_dim = min(shape)
+    n = num_bases(min_dim, r)
+    return (r, n), (n, min_dim)
+
+
+def bases_shapes(dims: Dims, r: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Shapes (r, 1, min_dim) of A and (max_dim, n, r) of B, as PEFT stores them."""
+    return (r, 1, dims.min_dim), (dims.max_dim, num_bases(dims.min_dim, r), r)
+
+
+def count_trainable(shape: tuple[int, int], r: int) -> int:
+    """Trainable numbers of one layer, n * (r + min(out, in)): a *smaller* r trains *more* (until r = min(out, in)).
+
+    >>> [count_trainable((48, 64), r) for r in (4, 8, 16, 32)]
+    [624, 336, 192, 160]
+    """
+    return sum(rows * columns for rows, columns in factor_shapes(shape, r))
