@@ -1,0 +1,99 @@
+"""`RandLoraAdapter`: an adapter as a pytree. Pass it to jitted functions whole; give optax its `trainable` part."""
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from interop.adapter import Adapter, Factors
+from interop.bases import Bases
+from interop.config import RandLoraConfig
+from interop.files import save
+from randlora_jax.bases import layer_bases
+from randlora_jax.gradients import delta_weight
+from randlora_jax.layouts import Layout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RandLoraAdapter:
+    """A RandLoRA adapter (arXiv:2502.00987) on JAX arrays, keyed by module name, in torch's (out, in) coordinates.
+
+    Attributes:
+        factors: lambda (r, n) and gamma (n, min(out, in)) of each adapted layer: the trainable leaves.
+        bases: A (r, 1, min_dim) and B (max_dim, n, r), frozen, shared by all layers.
+        config: The adapter's `RandLoraConfig` (static).
+        shapes: (name, (out, in)) of each adapted layer (static).
+        layouts: (name, Layout) of the kernels that are no plain 2-D matrices (static).
+        recipe: Name of the recipe that made the bases, or None (static).
+    """
+
+    factors: dict[str, Factors]
+    bases: Bases
+    config: RandLoraConfig = dataclasses.field(metadata={"static": True})
+    shapes: tuple[tuple[str, tuple[int, int]], ...] = dataclasses.field(metadata={"static": True})
+    layouts: tuple[tuple[str, Layout], ...] = dataclasses.field(default=(), metadata={"static": True})
+    recipe: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers."""
+        return tuple(self.factors)
+
+    @property
+    def trainable(self) -> dict[str, Factors]:
+        """The pytree that gradients and optimizer states are made for: lambda and gamma, without the bases."""
+        return self.factors
+
+    def with_trainable(self, trainable: dict[str, Factors]) -> "RandLoraAdapter":
+        """This adapter with other factors, as they come out of an optax update or into a loss function."""
+        return dataclasses.replace(self, factors=trainable)
+
+    def delta_weight(self, module: str) -> Float[Array, "outputs inputs"]:
+        """The update of one layer in torch's (out, in) orientation, float32 or wider.
+
+        Raises:
+            KeyError: `module` is not adapted.
+        """
+        if module not in self.factors:
+            raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {len(self.factors)} that are.")
+        shape = dict(self.shapes)[module]
+        delta = delta_weight(
+            *layer_bases(self.bases, shape), *self.factors[module], scaling=self.config.scaling
+        )  # (long, short)
+        return delta if shape[0] >= shape[1] else delta.T
+
+    @classmethod
+    def from_interop(cls, adapter: Adapter) -> "RandLoraAdapter":
+        """The same arrays on the default device; dtypes are kept.
+
+        Raises:
+            ValueError: the adapter was not bound to a model (shapes or bases unknown), or also trains biases or whole
+                modules, which this stack cannot hold.
+        """
+        if adapter.bases is None or adapter.shapes is None:
+            raise ValueError(
+                "this adapter file does not say how large the layers of its model are: attach it to the model"
+                " (randlora_jax.attach), or give the (out, in) shapes first: adapter.bind(shapes)."
+            )
+        if adapter.saved_weights:
+            raise ValueError(
+                f"the adapter holds {sorted(adapter.saved_weights)} besides lambda and gamma"
+                f" (bias={adapter.config.bias!r}, modules_to_save={adapter.config.modules_to_save}). The JAX stack"
+                " holds lambda and gamma only: merge those weights into the base model in torch first."
+            )
+        factors, bases = jax.tree.map(jnp.asarray, (dict(adapter.factors), adapter.bases))
+        shapes = tuple(adapter.shapes.items())
+        return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
+
+    def to_interop(self) -> Adapter:
+        """The same arrays in numpy."""
+        factors, bases = jax.tree.map(np.asarray, (self.factors, self.bases))
+        return Adapter(config=self.config, factors=factors, bases=bases, recipe=self.recipe, shapes=dict(self.shapes))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the adapter in PEFT's format; see `interop.save`."""
+        save(self.to_interop(), directory)

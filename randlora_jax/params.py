@@ -1,0 +1,184 @@
+"""Adapters on any pytree of parameters: new factors, effective parameters, merge and unmerge, counts."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from interop.adapter import Adapter, init_adapter
+from interop.bases import DEFAULT_RECIPE
+from interop.config import RandLoraConfig
+from interop.errors import bulleted
+from interop.targets import resolve_targets
+from randlora_jax.adapter import RandLoraAdapter
+from randlora_jax.layouts import Layout, default_layout, module_name, path_parts
+
+Params = TypeVar("Params")
+OUTPUT_LAYERS = ("lm_head",)  # what "all-linear" leaves out, as PEFT does with a model's output embedding
+
+
+class Kernel(NamedTuple):
+    """A parameter that can be adapted: its layout, and the (out, in) shape of the torch weight it stands for."""
+
+    layout: Layout
+    shape: tuple[int, int]
+
+
+def init(
+    config: RandLoraConfig,
+    params: Any,
+    *,
+    layouts: Mapping[str, Layout] | None = None,
+    recipe: str = DEFAULT_RECIPE,
+    key: jax.Array | None = None,
+) -> RandLoraAdapter:
+    """A new adapter for the kernels of `params` that `config.target_modules` selects, at PEFT's starting values.
+
+    Args:
+        config: What to adapt and how.
+        params: A pytree of arrays (or ShapeDtypeStructs). 2-D leaves named `kernel` or `w` are (in, out), those named
+            `weight` (out, in); names are dotted paths without the leaf's name.
+        layouts: Layouts of further kernels by dotted name, e.g. `{"attn.query": Layout((0,), (1, 2))}`.
+        recipe: How the bases are drawn, see `interop.RECIPES`.
+        key: A `jax.random.key`, needed for `init_weights=False` only.
+
+    Raises:
+        ValueError: a target matches nothing or no adaptable kernel, or the bases cannot be made.
+    """
+    leaves = [(path_parts(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    kernels, others = find_kernels(leaves, layouts or {})
+    return new_adapter(config, kernels, others, recipe=recipe, key=key)
+
+
+def effective_params(params: Params, adapter: RandLoraAdapter) -> Params:
+    """`params` with W + dW in place of each adapted W, in W's dtype; differentiable in `adapter.trainable`.
+
+    Raises:
+        ValueError: `params` lacks an adapted layer or holds it in another shape.
+    """
+    return _map_adapted(params, adapter, lambda weight, delta: weight + delta)
+
+
+def merge(params: Params, adapter: RandLoraAdapter) -> Params:
+    """`effective_params` under the name that users of PEFT look for: the base weights with the adapter folded in."""
+    return effective_params(params, adapter)
+
+
+def unmerge(params: Params, adapter: RandLoraAdapter) -> Params:
+    """Take a merged adapter out again: W - dW, equal to the base weights up to one rounding in W's dtype.
+
+    Raises:
+        ValueError: as `effective_params`.
+    """
+    return _map_adapted(params, adapter, lambda weight, delta: weight - delta)
+
+
+def count_trainable(adapter: RandLoraAdapter) -> int:
+    """Number of trainable parameters of the adapter."""
+    return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
+
+
+def trainable_report(adapter: RandLoraAdapter, params: Any) -> str:
+    """PEFT's line on trainable parameters, and the bytes of the shared frozen bases."""
+    trainable = count_trainable(adapter)
+    total = trainable + sum(leaf.size for leaf in jax.tree.leaves(params))
+    frozen = sum(array.nbytes for array in adapter.bases)
+    return (
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
+        f"frozen bases: {frozen:,d} bytes, shared by {len(adapter.modules)} layers"
+    )
+
+
+def print_trainable_parameters(adapter: RandLoraAdapter, params: Any) -> None:
+    """Print `trainable_report`."""
+    print(trainable_report(adapter, params))
+
+
+def find_kernels(
+    leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping[str, Layout]
+) -> tuple[dict[str, Kernel], list[str]]:
+    """Kernels that can be adapted, by dotted name, and the names of the other parameters.
+
+    Args:
+        leaves: Path and array (anything with a shape) of each parameter.
+        layouts: Layouts that do not follow from name and number of axes, by dotted name.
+
+    Raises:
+        ValueError: `layouts` names a parameter that does not exist, or does not fit its shape.
+    """
+    kernels: dict[str, Kernel] = {}
+    others: list[str] = []
+    for parts, leaf in leaves:
+        name = module_name(parts)
+        layout = layouts.get(name) or default_layout(parts, len(leaf.shape))
+        if layout is None:
+            others.append(name)
+        else:
+            kernels[name] = Kernel(layout, layout.torch_shape(leaf.shape))
+    unknown = sorted(set(layouts) - set(kernels))
+    if unknown:
+        raise ValueError(f"layouts are given for {unknown}, which are no parameters. Names are {[*kernels, *others]}.")
+    return kernels, others
+
+
+def new_adapter(
+    config: RandLoraConfig, kernels: Mapping[str, Kernel], others: list[str], *, recipe: str, key: jax.Array | None
+) -> RandLoraAdapter:
+    """A new adapter for those of `kernels` that the config selects; see `init`."""
+    heads = [name for name in kernels if name.rsplit(".", 1)[-1] in OUTPUT_LAYERS]
+    targets = resolve_targets(config, list(kernels), output_layers=heads, other_modules=others)
+    shapes = {name: kernels[name].shape for name in targets}
+    return on_kernels(init_adapter(config, shapes, recipe=recipe, rng=_rng_from_key(key)), kernels)
+
+
+def on_kernels(adapter: Adapter, kernels: Mapping[str, Kernel]) -> RandLoraAdapter:
+    """An adapter of the hub on the kernels of a model: checked against their shapes, their layouts recorded.
+
+    Raises:
+        AdapterFormatError: a kernel is missing or has another shape.
+    """
+    bound = adapter.bind({name: kernel.shape for name, kernel in kernels.items()})
+    layouts = tuple((name, kernels[name].layout) for name in bound.modules)
+    return dataclasses.replace(RandLoraAdapter.from_interop(bound), layouts=layouts)
+
+
+def _rng_from_key(key: jax.Array | None) -> np.random.Generator | None:
+    """A numpy generator that is a function of a JAX key."""
+    if key is None:
+        return None
+    data = key if jnp.issubdtype(key.dtype, jnp.integer) else jax.random.key_data(key)
+    return np.random.default_rng(np.asarray(data).reshape(-1).tolist())
+
+
+def add_delta(kernel: jax.Array, delta: jax.Array, layout: Layout, combine: Callable = jnp.add) -> jax.Array:
+    """Combine a kernel with an update in torch coordinates: computed in the wider dtype, returned in the kernel's."""
+    update = layout.to_kernel(delta, kernel.shape)
+    return combine(kernel.astype(jnp.promote_types(kernel.dtype, update.dtype)), update).astype(kernel.dtype)
+
+
+def _map_adapted(params: Params, adapter: RandLoraAdapter, combine: Callable[[Any, Any], Any]) -> Params:
+    layouts, shapes = dict(adapter.layouts), dict(adapter.shapes)
+    names: list[str] = []
+
+    def visit(path: tuple[Any, ...], leaf: Any) -> Any:
+        parts = path_parts(path)
+        name = module_name(parts)
+        layout = layouts.get(name) or default_layout(parts, jnp.ndim(leaf))
+        names.append(name)
+        if name not in shapes or layout is None:
+            return leaf
+        if layout.torch_shape(leaf.shape) != shapes[name]:
+            raise ValueError(
+                f"{name} has shape {leaf.shape}, in torch's terms {layout.torch_shape(leaf.shape)}; the adapter was"
+                f" made for {shapes[name]}. Use the base model that it was trained on."
+            )
+        return add_delta(leaf, adapter.delta_weight(name), layout, combine)
+
+    result = jax.tree_util.tree_map_with_path(visit, params)
+    missing = [name for name in shapes if name not in names]
+    if missing:
+        raise ValueError(bulleted(f"the parameters, such as {names[:4]}, lack these adapted layers", missing))
+    return result
