@@ -1,0 +1,167 @@
+"""Adapters on a torch model, attached in place: the model object, its class and its layers' names stay.
+
+As torch's `fully_shard` does, the model's class is swapped for a subclass of itself (and of `RandLoraMixin`), so that
+`isinstance(model, PreTrainedModel)` still holds and `model.save_pretrained` writes the adapter.
+"""
+
+import dataclasses
+import importlib
+import os
+import sys
+from types import ModuleType
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
+
+from interop.adapter import Adapter, Factors, init_adapter
+from interop.bases import DEFAULT_RECIPE
+from interop.config import RandLoraConfig
+from interop.files import load
+from interop.targets import resolve_targets
+from randlora_torch.adapter import RandLoraAdapter
+from randlora_torch.bases import BufferDict, to_torch
+from randlora_torch.layer import Linear, RandLoraLayer, layer_shape
+from randlora_torch.mixin import AttachedAdapter, RandLoraMixin, adapted_layers
+
+Model = TypeVar("Model", bound=nn.Module)
+Source = Adapter | RandLoraAdapter | str | os.PathLike[str]
+
+
+def get_peft_model(
+    model: Model, config: RandLoraConfig, adapter_name: str = "default", *, recipe: str = DEFAULT_RECIPE
+) -> Model:
+    """Attach a new adapter to `model`, in place, freeze everything else, and return the model.
+
+    Args:
+        model: Any module with linear layers: nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit.
+        config: What to adapt and how.
+        adapter_name: Name of the adapter.
+        recipe: How the bases are drawn, see `interop.RECIPES`.
+
+    Raises:
+        ValueError: a target matches nothing or no linear layer, the name is taken or not usable, or the config asks
+            for trained biases or modules_to_save, which this release cannot train.
+    """
+    layers, heads, others = _adaptable_layers(model)
+    targets = resolve_targets(config, list(layers), output_layers=heads, other_modules=others)
+    shapes = {name: layer_shape(layers[name]) for name in targets}
+    rng = None if config.init_weights else np.random.default_rng(int(torch.randint(2**62, ())))
+    if config.base_model_name_or_path is None:
+        config = dataclasses.replace(config, base_model_name_or_path=getattr(model, "name_or_path", None) or None)
+    _attach(model, init_adapter(config, shapes, recipe=recipe, rng=rng), adapter_name)
+    model.set_adapter(adapter_name)
+    return model
+
+
+def load_adapter(
+    model: Model,
+    dir_or_adapter: Source,
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    recipe: str | None = None,
+) -> Model:
+    """Attach a saved or converted adapter to `model`, in place, and return the model.
+
+    The first adapter of a model becomes active; later ones wait for `model.set_adapter`.
+
+    Args:
+        model: The base model that the adapter was made for.
+        dir_or_adapter: A folder in PEFT's format, or an adapter of any stack.
+        adapter_name: Name to attach it under.
+        is_trainable: Whether to go on training it; otherwise its parameters are frozen too.
+        recipe: The recipe of the bases, for a folder that neither holds them nor names it.
+
+    Raises:
+        FileNotFoundError, AdapterFormatError: see `interop.load`; or the adapter was made for another model.
+        ValueError: the adapter name is taken or not usable.
+        TypeError: `dir_or_adapter` is no folder and no adapter.
+    """
+    if isinstance(dir_or_adapter, str | os.PathLike):
+        adapter = load(dir_or_adapter, recipe=recipe)
+    else:
+        adapter = dir_or_adapter.to_interop() if hasattr(dir_or_adapter, "to_interop") else dir_or_adapter
+    if not isinstance(adapter, Adapter):
+        raise TypeError(f"dir_or_adapter is a {type(dir_or_adapter).__name__}: pass an adapter folder or an adapter.")
+    layers, _, _ = _adaptable_layers(model)
+    first = not getattr(model, "randlora_adapters", {})
+    _attach(model, adapter.bind({name: layer_shape(layer) for name, layer in layers.items()}), adapter_name)
+    if first:
+        model.set_adapter(adapter_name)
+    for layer in adapted_layers(model).values():
+        for parameter in layer.factors(adapter_name) if adapter_name in layer.randlora_lambda else ():
+            parameter.requires_grad_(is_trainable)
+    return model
+
+
+def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
+    """Put an adapter, bound to the model, on its layers, and make the model a `RandLoraMixin`."""
+    config = adapter.config
+    if not adapter_name or "." in adapter_name:
+        raise ValueError(f"adapter_name={adapter_name!r}: must be a non-empty name without dots (a parameter's name).")
+    if adapter_name in getattr(model, "randlora_adapters", {}):
+        raise ValueError(f"adapter_name={adapter_name!r} is taken: the model has {list(model.randlora_adapters)}.")
+    if config.bias != "none" or config.modules_to_save:
+        raise ValueError(
+            f"bias={config.bias!r}, modules_to_save={config.modules_to_save}: this release trains lambda and gamma"
+            " only. Use bias='none' and modules_to_save=None."
+        )
+    layers, _, _ = _adaptable_layers(model)
+    kinds = {name: _layer_kind(layers[name], name) for name in adapter.modules}
+    if not isinstance(model, RandLoraMixin):
+        model.requires_grad_(False)
+        model.randlora_A, model.randlora_B, model.randlora_adapters = BufferDict(), BufferDict(), {}
+        model.__class__ = type(f"RandLora{type(model).__name__}", (RandLoraMixin, type(model)), {})
+        if _bnb() is not None:
+            _bnb().protect_from_repacking(model)
+    device = layers[adapter.modules[0]].weight.device
+    model.randlora_A[adapter_name], model.randlora_B[adapter_name] = (to_torch(b).to(device) for b in adapter.bases)
+    for name, factors in adapter.factors.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, RandLoraLayer):
+            options = (config.r, config.randlora_alpha, config.randlora_dropout)
+            layer = kinds[name](layer, adapter_name, model.randlora_A, model.randlora_B, *options)
+            layer.train(model.training)
+            model.set_submodule(name, layer)
+        else:
+            layer.update_layer(adapter_name, config.r, config.randlora_alpha, config.randlora_dropout)
+        layer.set_factors(adapter_name, Factors(*map(to_torch, factors)))
+    model.randlora_adapters[adapter_name] = AttachedAdapter(config, adapter.recipe, adapter.modules)
+
+
+def _bnb() -> ModuleType | None:
+    """Our bitsandbytes layers. A model with such layers has imported bitsandbytes; without them it is not touched."""
+    return importlib.import_module("randlora_torch.bnb") if "bitsandbytes" in sys.modules else None
+
+
+def _layer_kind(base_layer: nn.Module, name: str) -> type[RandLoraLayer]:
+    """The class that adapts a base layer."""
+    bnb = _bnb()
+    if bnb is not None and isinstance(base_layer, bnb.Base8bit):
+        raise ValueError(f"{name} is an 8-bit layer, which this release cannot adapt: load the base in 4 bit or plain.")
+    return bnb.Linear4bit if bnb is not None and isinstance(base_layer, bnb.Base4bit) else Linear
+
+
+def _adaptable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str], list[str]]:
+    """Base layers that can be adapted, by name; names of the output heads; names of all other modules."""
+    layers: dict[str, nn.Module] = {}
+    others: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, RandLoraLayer):
+            layers[name] = module.base_layer
+        elif name.rpartition(".")[0] in layers:
+            continue  # inside an adapted layer
+        # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear without calling it
+        elif (
+            isinstance(module, nn.Linear | Conv1D) and name and not isinstance(module, NonDynamicallyQuantizableLinear)
+        ):
+            layers[name] = module
+        else:
+            others.append(name)
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return layers, [name for name, layer in layers.items() if layer is head], others
