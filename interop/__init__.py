@@ -9,6 +9,7 @@ from interop.config import RandLoraConfig
 from interop.convert import convert
 from interop.errors import AdapterFormatError
 from interop.files import load, save
+from interop.shapes import count_trainable, shared_dims
 from interop.targets import resolve_targets
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "RandLoraConfig",
     "bases_digest",
     "convert",
+    "count_trainable",
     "init_adapter",
     "load",
     "make_bases",
     "resolve_targets",
     "save",
+    "shared_dims",
 ]

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from interop.bases import DEFAULT_RECIPE, Bases, make_bases
+from interop.bases import BFLOAT16, DEFAULT_RECIPE, FLOAT16, Bases, make_bases
 from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
 from interop.shapes import bases_shapes, factor_shapes, num_bases, shared_dims
+
+FLOAT_DTYPES = (np.dtype(np.float32), BFLOAT16, FLOAT16)  # what factors and bases may be stored in
 
 
 class Factors(NamedTuple):
@@ -82,15 +84,19 @@ class Adapter:
         """
         if module not in self.factors:
             raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {len(self.factors)} that are.")
-        shape = shape or (self.shapes or {}).get(module)
+        recorded = (self.shapes or {}).get(module)
+        shape = recorded if shape is None else tuple(shape)
         if shape is None:
             raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
         if self.bases is None:
             raise ValueError("this adapter has no bases yet: give it its model's layer shapes, adapter.bind(shapes).")
         lam, gamma = (part.astype(np.float64) for part in self.factors[module])
         n, min_dim = gamma.shape
-        if min_dim != min(shape):
-            raise ValueError(f"shape={tuple(shape)} does not fit {module!r}: its short side must be {min_dim}.")
+        if min_dim != min(shape) or max(shape) > self.bases.dims.max_dim or shape != (recorded or shape):
+            limits = f"short side {min_dim}, long side at most {self.bases.dims.max_dim}"
+            raise ValueError(
+                f"shape={shape} does not fit {module!r}: it must be {recorded or f'(out, in) with {limits}'}."
+            )
         A = self.bases.A[:, 0, :min_dim].astype(np.float64)
         B = self.bases.B[: max(shape), :n].astype(np.float64)
         scaled_A = lam[:, :, None] * A[:, None, :] * gamma  # (r, n, min_dim)
@@ -163,6 +169,12 @@ def _misfits(adapter: Adapter) -> Iterable[str]:
         yield "it adapts no layer"
     if shapes is not None and set(shapes) != set(adapter.factors):
         yield f"{sorted(set(shapes) ^ set(adapter.factors))} have factors or a shape, but not both"
+    parts = {
+        f"{name}.{field}": part for name, pair in adapter.factors.items() for field, part in pair._asdict().items()
+    }
+    for name, array in {**parts, **(adapter.bases._asdict() if adapter.bases else {})}.items():
+        if array.dtype not in FLOAT_DTYPES:
+            yield f"{name} is {array.dtype}: store it as float32, bfloat16 or float16"
     for name, (lam, gamma) in adapter.factors.items():
         n, min_dim = gamma.shape if gamma.ndim == 2 else (0, 0)
         if lam.shape != (r, n) or min_dim < 1 or n != num_bases(min_dim, r):

@@ -77,7 +77,7 @@ def make_bases(config: RandLoraConfig, *, max_dim: int, min_dim: int, recipe: st
         raise ValueError(f"max_dim={max_dim}, min_dim={min_dim}: needs 1 <= min_dim <= max_dim. Swap them?")
     stream = _TorchStream(config.projection_prng_key)
     shape_A, shape_B = bases_shapes(Dims(max_dim, min_dim), config.r)
-    if config.very_sparse or config.sparse:
+    if config.ternary:
         sparsity = math.sqrt(min_dim) if config.very_sparse else 3
         A = _draw_ternary(stream, shape_A, sparsity)
         B = _draw_ternary(stream, shape_B, sparsity)
@@ -105,9 +105,16 @@ def identify_recipe(config: RandLoraConfig, bases: Bases) -> str | None:
     want_A, want_B = bases_shapes(bases.dims, config.r)
     if bases.A.shape != want_A or bases.B.shape != want_B or bases.dims.max_dim < bases.dims.min_dim:
         return None
+    try:
+        return _search_recipes(config, bases)
+    except ValueError:  # this seed's own bases cannot be normalized, so it did not make these
+        return None
+
+
+def _search_recipes(config: RandLoraConfig, bases: Bases) -> str | None:
     for recipe, kind in _RECIPES.items():
         # A is drawn first and is small: it tells whether generating all of B is worth the time.
-        if not (config.sparse or config.very_sparse):
+        if not config.ternary:
             stream = _TorchStream(config.projection_prng_key)
             first = _draw_uniform(stream, bases.A.size, fan=bases.dims.min_dim, recipe=kind)
             if not _same_values(_normalize("A", first, config, bases.dims.min_dim), bases.A.reshape(-1)):
@@ -141,7 +148,7 @@ class _TorchStream:
 def _draw_uniform(stream: _TorchStream, count: int, *, fan: int, recipe: _Recipe) -> np.ndarray:
     """`torch.nn.init.kaiming_uniform_(a=sqrt(5))` on a half-precision tensor: U(-1/sqrt(fan), 1/sqrt(fan))."""
     gain = math.sqrt(2.0 / (1 + math.sqrt(5) ** 2))
-    bound = math.sqrt(3.0) * (gain / math.sqrt(fan))  # torch's order of operations: the last bit matters
+    bound = math.sqrt(3.0) * (gain / math.sqrt(fan))  # in torch's order of operations
     if recipe.legacy:
         table = _legacy_table(bound, recipe.dtype)
         return table[stream.draw(count) & np.uint32(table.size - 1)]

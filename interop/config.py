@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -80,6 +80,11 @@ class RandLoraConfig:
         """`randlora_alpha / r`, the factor s of the update."""
         return self.randlora_alpha / self.r
 
+    @property
+    def ternary(self) -> bool:
+        """Whether the bases are ternary (`sparse` or `very_sparse`): then every recipe gives the same ones."""
+        return self.sparse or self.very_sparse
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them: lists for tuples, unknown fields merged back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "unknown_fields"}
@@ -125,7 +130,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_names(value: Any) -> bool:
@@ -164,8 +169,3 @@ def _check_values(config: RandLoraConfig) -> None:
     _require(config, "bias", config.bias in BIAS_CHOICES, f"must be one of {BIAS_CHOICES}.")
     rule = "is empty, so nothing would be adapted. Name layers, or use 'all-linear'."
     _require(config, "target_modules", config.target_modules not in ((), ""), rule)
-    if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
-        rule = "needs target_modules to be a list; a regular expression can name the layer indices itself."
-        _require(config, "layers_to_transform", config.layers_to_transform is None, rule)
-    ok = config.layers_pattern in (None, (), "") or config.layers_to_transform is not None
-    _require(config, "layers_pattern", ok, "only selects among layers_to_transform; set that too, or drop this.")

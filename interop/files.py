@@ -90,9 +90,13 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "randlora": json.dumps(_notes(adapter), sort_keys=True)}
-    write_atomically(directory / WEIGHTS_NAME, safetensors_parts(tensors, metadata))
     config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
-    write_atomically(directory / CONFIG_NAME, [config.to_json().encode()])
+    write_atomically(
+        {
+            directory / WEIGHTS_NAME: safetensors_parts(tensors, metadata),
+            directory / CONFIG_NAME: [config.to_json().encode()],
+        }
+    )
 
 
 def _existing(directory: Path, name: str) -> Path:
@@ -122,7 +126,7 @@ def _read_config(path: Path) -> RandLoraConfig:
 
 
 def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Our own metadata, {} for a file by PEFT."""
+    """Our own metadata, checked for types; {} for a file by PEFT."""
     text = metadata.get("randlora")
     if text is None:
         return {}
@@ -133,9 +137,20 @@ def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             raise AdapterFormatError(
                 f"{path} has format_version {version}, this release reads up to {FORMAT_VERSION}: upgrade randlora."
             )
+        sizes = [notes[name] for name in ("max_dim", "min_dim") if notes.get(name) is not None]
+        sizes += [size for shape in (notes.get("shapes") or {}).values() for size in _pair(shape)]
+        texts = [notes[name] for name in ("recipe", "bases_sha256") if notes.get(name) is not None]
+        if not all(type(size) is int and size > 0 for size in sizes) or not all(type(text) is str for text in texts):
+            raise TypeError("sizes must be positive integers, recipe and bases_sha256 strings")
         return notes
-    except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterFormatError(f"{path}: the metadata entry 'randlora' is malformed ({error!r}).") from error
+
+
+def _pair(shape: Any) -> Any:
+    if not isinstance(shape, list) or len(shape) != 2:
+        raise TypeError(f"the shape {shape!r} is not a pair (out, in)")
+    return shape
 
 
 def _notes(adapter: Adapter) -> dict[str, Any]:
@@ -171,7 +186,7 @@ def _read_tensors(
         elif match["part"] in "AB":
             value = file.get_tensor(key)
             first = copies.setdefault(match["part"], value)
-            if first is not value and (first.dtype != value.dtype or first.tobytes() != value.tobytes()):
+            if (first.shape, first.dtype) != (value.shape, value.dtype) or first.tobytes() != value.tobytes():
                 problems.append(f"{key}: differs from another copy of basis {match['part']} in the same file")
         elif match["module"] is None:
             problems.append(f"{key}: left over; lambda and gamma belong to a module")
@@ -226,17 +241,25 @@ def _assemble(
     )
     if bases is None:
         return _without_bases(path, adapter, notes)
-    if not notes:
-        return dataclasses.replace(adapter, recipe=identify_recipe(config, bases))
-    _check_digest(bases, notes, "The file was damaged or edited.")
-    return adapter
+    if notes:
+        _check_digest(bases, notes, "The file was damaged or edited.")
+    made_by = noted or identify_recipe(config, bases)
+    if recipe not in (None, made_by) and not config.ternary:
+        raise AdapterFormatError(
+            f"recipe={recipe!r} does not give the bases in the file; {made_by!r} does. Drop the argument: the file's"
+            " own bases are used anyway."
+        )
+    return dataclasses.replace(adapter, recipe=made_by)
 
 
 def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapter:
     """Rebuild the bases if the file says how; else leave them to the model, whose layers size them."""
     if notes.get("recipe") and notes.get("max_dim") and notes.get("min_dim"):
-        dims = {name: int(notes[name]) for name in ("max_dim", "min_dim")}
-        bases = make_bases(adapter.config, **dims, recipe=notes["recipe"])
+        dims = {name: notes[name] for name in ("max_dim", "min_dim")}
+        try:
+            bases = make_bases(adapter.config, **dims, recipe=notes["recipe"])
+        except ValueError as error:
+            raise AdapterFormatError(f"its bases cannot be rebuilt: {error}") from error
         _check_digest(bases, notes, "The seed or r in adapter_config.json was changed.")
         return dataclasses.replace(adapter, bases=bases)
     if adapter.config.save_projection and adapter.recipe is None:
@@ -244,7 +267,7 @@ def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapt
             "adapter_config.json says save_projection=True, but the file holds no bases (base_model.randlora_A and"
             f" base_model.randlora_B are missing). If they come from the seed, pass recipe= one of {list(RECIPES)}."
         )
-    if adapter.recipe is None and not (adapter.config.sparse or adapter.config.very_sparse):
+    if adapter.recipe is None and not adapter.config.ternary:
         warnings.warn(
             f"{path} neither holds its bases nor names their recipe: they will be rebuilt with {DEFAULT_RECIPE!r}."
             " For an adapter saved under torch <= 2.11 pass recipe='torch<=2.11'; passing any recipe silences this.",

@@ -19,10 +19,12 @@ def resolve_targets(
     """The adaptable layers that `config` selects, in the order of `layers`.
 
     A list entry matches a layer of that name, or whose name ends in "." + entry; a string is a regular expression for
-    the whole name; "all-linear" is every layer except `output_layers`. `exclude_modules` follows the same rules.
+    the whole name; "all-linear" is every layer except `output_layers`. `exclude_modules` follows the same rules, and
+    whatever lies in one of `modules_to_save` is left out. `layers_to_transform` restricts the layers that were not
+    named in full.
 
     Args:
-        config: Its target_modules, exclude_modules, layers_to_transform and layers_pattern are read.
+        config: What to adapt.
         layers: Names of all layers that can be adapted.
         output_layers: Names of the output heads, which "all-linear" leaves out.
         other_modules: Names of modules that cannot be adapted, for a precise message when an entry means one of them.
@@ -30,21 +32,24 @@ def resolve_targets(
     Raises:
         ValueError: target_modules is None, an entry (or layer index) matches nothing, or nothing is left to adapt.
     """
-    if config.target_modules is None:
+    wanted, others = config.target_modules, tuple(other_modules)
+    if wanted is None:
         raise ValueError(f"target_modules=None: name the layers to adapt, or use 'all-linear'. {_listing(layers)}")
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
         heads = set(output_layers)
         chosen = [name for name in layers if name not in heads]
     else:
-        chosen = _select("target_modules", config.target_modules, layers, tuple(other_modules))
+        chosen = _select("target_modules", wanted, layers, others)
+    saved = config.modules_to_save or ()
+    excluded = {name for name in chosen if any(f".{module}." in f".{name}." for module in saved)}
     if config.exclude_modules:
-        excluded = set(_select("exclude_modules", config.exclude_modules, layers, tuple(other_modules)))
-        chosen = [name for name in chosen if name not in excluded]
-    chosen = _restrict_to_layers(config, chosen)
+        excluded.update(_select("exclude_modules", config.exclude_modules, layers, others))
+    chosen = _restrict_to_layers(config, [name for name in chosen if name not in excluded])
     if not chosen:
         raise ValueError(
-            f"target_modules={config.target_modules!r} with exclude_modules={config.exclude_modules!r} and"
-            f" layers_to_transform={config.layers_to_transform!r} leaves no layer to adapt. {_listing(layers)}"
+            f"target_modules={wanted!r} with exclude_modules={config.exclude_modules!r},"
+            f" modules_to_save={config.modules_to_save!r} and layers_to_transform={config.layers_to_transform!r}"
+            f" leaves no layer to adapt. {_listing(layers)}"
         )
     return tuple(chosen)
 
@@ -91,22 +96,33 @@ def _listing(layers: Sequence[str]) -> str:
 
 
 def _layer_index(name: str, patterns: tuple[str, ...]) -> int | None:
-    """Index of the block that `name` lies in: the number after a module list (any list, or one named in patterns)."""
-    for pattern in patterns or (r"[^.]*",):
-        found = re.match(rf".*\.{pattern}\.(\d+)\.", name)
+    """Index of the block that `name` lies in: the first number after a module list (any, or one named in patterns)."""
+    for pattern in (rf"(?:^|.*?\.){pattern}" for pattern in patterns) if patterns else (r".*?\.[^.]*",):
+        found = re.match(rf"{pattern}\.(\d+)\.", name)
         if found:
             return int(found[1])
     return None
 
 
 def _restrict_to_layers(config: RandLoraConfig, chosen: list[str]) -> list[str]:
-    if config.layers_to_transform is None:
+    """Of the layers that were not named in full, those in the blocks that `layers_to_transform` lists."""
+    indices, patterns = config.layers_to_transform, config.layers_pattern or ()
+    if indices is None or indices == ():
+        if patterns:
+            raise ValueError(
+                f"layers_pattern={patterns!r} selects among layers_to_transform: set that too, or drop this."
+            )
         return chosen
-    wanted = config.layers_to_transform
-    wanted = {wanted} if isinstance(wanted, int) else set(wanted)
-    patterns = config.layers_pattern or ()
-    patterns = (patterns,) if isinstance(patterns, str) else patterns
-    index = {name: _layer_index(name, patterns) for name in chosen}
+    if isinstance(config.target_modules, str) and config.target_modules.lower() != "all-linear":
+        raise ValueError(
+            f"layers_to_transform={indices!r} needs target_modules to be a list: a regular expression, such as"
+            f" {config.target_modules!r}, can name the layer indices itself."
+        )
+    wanted = {indices} if isinstance(indices, int) else set(indices)
+    try:
+        index = {name: _layer_index(name, (patterns,) if isinstance(patterns, str) else patterns) for name in chosen}
+    except re.error as error:
+        raise ValueError(f"layers_pattern={patterns!r} is not a valid regular expression: {error}.") from error
     missing = wanted - set(index.values())
     if missing:
         present = sorted({i for i in index.values() if i is not None})
@@ -114,4 +130,5 @@ def _restrict_to_layers(config: RandLoraConfig, chosen: list[str]) -> list[str]:
             f"layers_to_transform={sorted(missing)} matches no targeted layer: the indices found are {present}"
             f" (layers_pattern={config.layers_pattern!r}). Correct the indices or the pattern."
         )
-    return [name for name in chosen if index[name] in wanted]
+    named = set(config.target_modules or ()) if not isinstance(config.target_modules, str) else set()
+    return [name for name in chosen if name in named or index[name] in wanted]

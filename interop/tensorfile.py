@@ -15,7 +15,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"}
+_NAMES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
+DTYPES = {code: np.dtype(getattr(ml_dtypes, name, name)) for code, name in _NAMES.items()}
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -34,19 +36,30 @@ def safetensors_parts(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     return [struct.pack("<Q", len(text)), text, *buffers]
 
 
-def write_atomically(path: Path, parts: Iterable[Any]) -> None:
-    """Write the buffers beside `path`, then move them there: a crash leaves the old file or the new one."""
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def write_atomically(files: Mapping[Path, Iterable[Any]]) -> None:
+    """Write the buffers of all files beside their places, then move them there one right after the other.
+
+    A crash while writing leaves every old file as it was, and no partial file in its place.
+    """
+    partial: dict[Path, str] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(partial, 0o666 & ~umask)  # mkstemp makes private files; an adapter is an ordinary one
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
+        for path, parts in files.items():
+            handle, partial[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "wb") as file:
+                for part in parts:
+                    file.write(part)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(partial[path], 0o666 & ~_umask())  # mkstemp makes private files; an adapter is an ordinary one
+        for path in files:
+            os.replace(partial[path], path)
+            del partial[path]
+    finally:
+        for name in partial.values():
+            os.unlink(name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

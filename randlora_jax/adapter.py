@@ -26,7 +26,7 @@ class RandLoraAdapter:
         factors: lambda (r, n) and gamma (n, min(out, in)) of each adapted layer: the trainable leaves.
         bases: A (r, 1, min_dim) and B (max_dim, n, r), frozen, shared by all layers.
         config: The adapter's `RandLoraConfig` (static).
-        shapes: (name, (out, in)) of each adapted layer (static).
+        shapes: (name, (out, in)) of each adapted layer, or None if its file did not say (static).
         layouts: (name, Layout) of the kernels that are no plain 2-D matrices (static).
         recipe: Name of the recipe that made the bases, or None (static).
     """
@@ -34,7 +34,7 @@ class RandLoraAdapter:
     factors: dict[str, Factors]
     bases: Bases
     config: RandLoraConfig = dataclasses.field(metadata={"static": True})
-    shapes: tuple[tuple[str, tuple[int, int]], ...] = dataclasses.field(metadata={"static": True})
+    shapes: tuple[tuple[str, tuple[int, int]], ...] | None = dataclasses.field(default=None, metadata={"static": True})
     layouts: tuple[tuple[str, Layout], ...] = dataclasses.field(default=(), metadata={"static": True})
     recipe: str | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -52,18 +52,24 @@ class RandLoraAdapter:
         """This adapter with other factors, as they come out of an optax update or into a loss function."""
         return dataclasses.replace(self, factors=trainable)
 
-    def delta_weight(self, module: str) -> Float[Array, "outputs inputs"]:
+    def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> Float[Array, "outputs inputs"]:
         """The update of one layer in torch's (out, in) orientation, float32 or wider.
+
+        Args:
+            module: One of `adapter.modules`.
+            shape: (out, in) of the layer; may be left out if `adapter.shapes` is known.
 
         Raises:
             KeyError: `module` is not adapted.
+            ValueError: the shape is unknown.
         """
         if module not in self.factors:
             raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {len(self.factors)} that are.")
-        shape = dict(self.shapes)[module]
-        delta = delta_weight(
-            *layer_bases(self.bases, shape), *self.factors[module], scaling=self.config.scaling
-        )  # (long, short)
+        shape = shape or dict(self.shapes or ()).get(module)
+        if shape is None:
+            raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
+        bases = layer_bases(self.bases, shape)
+        delta = delta_weight(*bases, *self.factors[module], scaling=self.config.scaling)  # (long, short)
         return delta if shape[0] >= shape[1] else delta.T
 
     @classmethod
@@ -71,13 +77,13 @@ class RandLoraAdapter:
         """The same arrays on the default device; dtypes are kept.
 
         Raises:
-            ValueError: the adapter was not bound to a model (shapes or bases unknown), or also trains biases or whole
-                modules, which this stack cannot hold.
+            ValueError: the bases are not known yet, or the adapter also trains biases or whole modules, which this
+                stack cannot hold.
         """
-        if adapter.bases is None or adapter.shapes is None:
+        if adapter.bases is None:
             raise ValueError(
-                "this adapter file does not say how large the layers of its model are: attach it to the model"
-                " (randlora_jax.attach), or give the (out, in) shapes first: adapter.bind(shapes)."
+                "this adapter's file holds no bases and does not say how large they are: attach it to its model"
+                " (randlora_jax.attach), or give the (out, in) shapes of its layers first: adapter.bind(shapes)."
             )
         if adapter.saved_weights:
             raise ValueError(
@@ -86,13 +92,13 @@ class RandLoraAdapter:
                 " holds lambda and gamma only: merge those weights into the base model in torch first."
             )
         factors, bases = jax.tree.map(jnp.asarray, (dict(adapter.factors), adapter.bases))
-        shapes = tuple(adapter.shapes.items())
+        shapes = adapter.shapes and tuple(adapter.shapes.items())
         return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
 
     def to_interop(self) -> Adapter:
         """The same arrays in numpy."""
         factors, bases = jax.tree.map(np.asarray, (self.factors, self.bases))
-        return Adapter(config=self.config, factors=factors, bases=bases, recipe=self.recipe, shapes=dict(self.shapes))
+        return Adapter(config=self.config, factors=factors, bases=bases, recipe=self.recipe, shapes=self.shapes and dict(self.shapes))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the adapter in PEFT's format; see `interop.save`."""

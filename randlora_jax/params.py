@@ -160,25 +160,26 @@ def add_delta(kernel: jax.Array, delta: jax.Array, layout: Layout, combine: Call
 
 
 def _map_adapted(params: Params, adapter: RandLoraAdapter, combine: Callable[[Any, Any], Any]) -> Params:
-    layouts, shapes = dict(adapter.layouts), dict(adapter.shapes)
+    layouts, shapes = dict(adapter.layouts), dict(adapter.shapes or ())
     names: list[str] = []
 
     def visit(path: tuple[Any, ...], leaf: Any) -> Any:
         parts = path_parts(path)
         name = module_name(parts)
         layout = layouts.get(name) or default_layout(parts, jnp.ndim(leaf))
-        names.append(name)
-        if name not in shapes or layout is None:
+        if name not in adapter.factors or layout is None:
             return leaf
-        if layout.torch_shape(leaf.shape) != shapes[name]:
+        names.append(name)
+        shape = layout.torch_shape(leaf.shape)
+        if shape != shapes.get(name, shape) or min(shape) != adapter.factors[name].gamma.shape[-1]:
             raise ValueError(
-                f"{name} has shape {leaf.shape}, in torch's terms {layout.torch_shape(leaf.shape)}; the adapter was"
-                f" made for {shapes[name]}. Use the base model that it was trained on."
+                f"{name} has shape {leaf.shape}, in torch's terms {shape}; the adapter was made for"
+                f" {shapes.get(name, 'another')}. Use the base model that it was trained on."
             )
-        return add_delta(leaf, adapter.delta_weight(name), layout, combine)
+        return add_delta(leaf, adapter.delta_weight(name, shape), layout, combine)
 
     result = jax.tree_util.tree_map_with_path(visit, params)
-    missing = [name for name in shapes if name not in names]
+    missing = [name for name in adapter.factors if name not in names]
     if missing:
-        raise ValueError(bulleted(f"the parameters, such as {names[:4]}, lack these adapted layers", missing))
+        raise ValueError(bulleted(f"the parameters ({len(names)} of them match) lack these adapted layers", missing))
     return result
