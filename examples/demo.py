@@ -8,6 +8,7 @@ them it adapts your Llama (a transformers folder) to your text. About four minut
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ class Data(NamedTuple):
     def held_out_batches(self, options: argparse.Namespace) -> list[np.ndarray]:
         """A few batches the training never sees, the same for every model."""
         crops = text.batches(self.held_out, batch_size=options.batch_size, length=options.length, seed=0)
-        return list(islice(crops, 4))
+        return list(islice(crops, 16))
 
 
 def main() -> None:
@@ -77,7 +78,8 @@ def main() -> None:
     say("2/5  fine-tuning in Flax")
     batches = data.held_out_batches(options)
     facts["held out before"] = jax_loss(load_llama(folder), batches)
-    model = randlora_jax.attach(load_llama(folder), CONFIG)
+    config = dataclasses.replace(CONFIG, base_model_name_or_path=str(folder))
+    model = randlora_jax.attach(load_llama(folder), config)
     curves["RandLoRA"] = train_flax(model, randlora_jax.RandLoraParam, "RandLoRA", data, options)
     adapter = randlora_jax.extract(model)
     facts["trainable"] = {"RandLoRA": randlora_jax.count_trainable(adapter)}
@@ -94,7 +96,7 @@ def main() -> None:
     facts["effect"] = largest_difference(model, torch_model, batches[0])
     randlora_torch.load_adapter(torch_model, moved)
     facts["difference"] = largest_difference(model, torch_model, batches[0])
-    say(f"     largest logit difference: {facts['difference']:.2g} (the adapter itself changes them by {facts['effect']:.2g})")
+    say(f"     largest logit difference {facts['difference']:.2g}; the adapter changes logits by {facts['effect']:.2g}")
 
     say("4/5  going on in 4 bits")
     quantized = load_nf4(folder)
@@ -105,8 +107,9 @@ def main() -> None:
     facts["held out"]["RandLoRA, trained on there"] = torch_loss(quantized, batches)
     quantized.save_pretrained(out / "adapter")
     back = randlora_jax.attach(load_llama(folder), out / "adapter")
-    plain = randlora_torch.load_adapter(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), out / "adapter")
-    facts["difference back"] = largest_difference(back, plain, batches[0])
+    torch_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    randlora_torch.load_adapter(torch_model, out / "adapter")
+    facts["difference back"] = largest_difference(back, torch_model, batches[0])
     quantized.merge_adapter()
     facts["held out"]["merged into the NF4 base"] = torch_loss(quantized, batches)
     facts["samples"] = sample(quantized, data)
@@ -124,11 +127,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a Llama saved by transformers (default: train a small one)")
     parser.add_argument("--text", help="text file or folder to adapt to (default: the standard library's code)")
     parser.add_argument("--out", default="runs/demo", help="where to write (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=300, help="steps of the base model")
-    parser.add_argument("--steps", type=int, default=120, help="steps of each fine-tuning in Flax; torch takes half")
+    parser.add_argument("--base-steps", type=int, default=base_model.STEPS, help="steps of the base model")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each fine-tuning in Flax; torch takes half")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
     options = parser.parse_args()
-    options.batch_size, options.length = (8, 256)
+    options.batch_size, options.length = 4, 256
     if options.smoke:
         options.base_steps, options.steps, options.batch_size, options.length = 4, 4, 2, 64
     return options
@@ -146,7 +149,8 @@ def load_data(options: argparse.Namespace, folder: Path) -> Data:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(raw.decode(), add_special_tokens=False, verbose=False)["input_ids"]
         return Data(*text.split(np.asarray(ids)), lambda s: tokenizer(s)["input_ids"], tokenizer.decode)
-    return Data(*text.split(text.to_tokens(raw)), lambda s: list(s.encode()), lambda ids: bytes(ids).decode(errors="replace"))
+    to_text = lambda ids: bytes(ids).decode(errors="replace")  # noqa: E731
+    return Data(*text.split(text.to_tokens(raw)), lambda string: list(string.encode()), to_text)
 
 
 def schedule(name: str, steps: int) -> optax.Schedule:
@@ -166,7 +170,7 @@ def train_flax(model: Llama, kind: type, name: str, data: Data, options: argpars
 
     losses: list[float] = []
     crops = data.batches(options, seed=1)
-    for batch in progress(crops, total=options.steps, describe=lambda: f"{name} loss {losses[-1]:.3f}", every=20):
+    for batch in progress(crops, total=options.steps, describe=lambda: f"{name} loss {np.mean(losses[-20:]):.3f}", every=20):
         losses.append(float(step(model, optimizer, batch)))
     return losses
 
@@ -218,7 +222,7 @@ def train_torch(model: torch.nn.Module, data: Data, options: argparse.Namespace)
     losses: list[float] = []
     crops = data.batches(options, seed=2)
     total = options.steps // 2
-    for batch in progress(crops, total=total, describe=lambda: f"NF4 loss {losses[-1]:.3f}", every=20):
+    for batch in progress(crops, total=total, describe=lambda: f"NF4 loss {np.mean(losses[-20:]):.3f}", every=20):
         loss = base_model.next_token_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()

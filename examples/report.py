@@ -49,7 +49,8 @@ def write_report(path: Path, facts: dict[str, Any], *, adapter_folder: Path) -> 
     """Write the numbers of a run as a page of Markdown."""
     trainable, held_out = facts["trainable"], facts["held out"]
     rows = [("base model, before", "-", facts["held out before"])]
-    rows += [(name, f"{trainable[name]:,d}" if name in trainable else "same adapter", loss) for name, loss in held_out.items()]
+    counts = {name: f"{count:,d}" for name, count in trainable.items()}
+    rows += [(name, counts.get(name, "same adapter"), loss) for name, loss in held_out.items()]
     size = sum(file.stat().st_size for file in adapter_folder.iterdir())
     lines = [
         "# Demo report",

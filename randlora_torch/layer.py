@@ -54,7 +54,7 @@ class RandLoraLayer(nn.Module, abc.ABC):
         randlora_A: BufferDict,
         randlora_B: BufferDict,
         r: int = 32,
-        randlora_alpha: float = 640,
+        randlora_alpha: int | float = 640,
         randlora_dropout: float = 0.0,
         init_weights: bool = True,
     ) -> None:
@@ -76,7 +76,7 @@ class RandLoraLayer(nn.Module, abc.ABC):
         self,
         adapter_name: str,
         r: int,
-        randlora_alpha: float,
+        randlora_alpha: int | float,
         randlora_dropout: float = 0.0,
         init_weights: bool = True,
     ) -> None:

@@ -25,6 +25,15 @@ VARIANTS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """On a busy machine two OpenMP threads wait for each other, up to forty times longer than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_llama(seed=0, **options):
     torch.manual_seed(seed)
     sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

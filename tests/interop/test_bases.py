@@ -46,7 +46,7 @@ def test_bases_have_the_digest_recorded_under_a_real_torch(key, digest):
     assert bases_digest(bases) == digest
 
 
-@given(seed=seeds, r=st.sampled_from([1, 3, 4, 9]), recipe=st.sampled_from(RECIPES), kind=st.sampled_from([*KINDS]))
+@given(seed=seeds, r=st.sampled_from([3, 4, 9]), recipe=st.sampled_from(RECIPES), kind=st.sampled_from([*KINDS]))
 def test_equal_arguments_give_equal_bits_and_the_low_32_seed_bits_decide(seed, r, recipe, kind):
     first, second = (
         make_bases(RandLoraConfig(r=r, projection_prng_key=key, **KINDS[kind]), max_dim=24, min_dim=16, recipe=recipe)

@@ -14,7 +14,6 @@ from flax import nnx
 from stacks import without_type_checks
 from tolerances import TOLERANCE
 
-import randlora_jax.nnx
 from interop import Adapter, AdapterFormatError, Factors, RandLoraConfig
 from randlora_jax import (
     Layout,
@@ -129,8 +128,8 @@ def test_every_kind_of_layer_gives_its_base_output_plus_x_times_the_transposed_u
         chex.assert_trees_all_close(layer(inputs), want, **TOLERANCE["float32", "forward"])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16])
-def test_a_half_precision_model_keeps_its_dtype_and_float32_factors(dtype):
+def test_a_half_precision_model_keeps_its_dtype_and_float32_factors():
+    dtype = jnp.bfloat16
     model = attached(dtype=dtype)
     adapter = extract(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter.trainable)} == {jnp.dtype("float32")}
@@ -345,8 +344,8 @@ def test_an_adapter_of_any_form_attaches_alike(tmp_path):
 @pytest.mark.parametrize("wrong", [None, 3, {"r": 4}])
 def test_attaching_something_else_is_a_type_error(wrong):
     message = r"config_or_adapter is a (NoneType|int|dict): pass a RandLoraConfig, an adapter, or an adapter folder\."
-    with pytest.raises(TypeError, match=message):
-        without_type_checks(randlora_jax.nnx).attach(net(), wrong)
+    with without_type_checks(), pytest.raises(TypeError, match=message):
+        attach(net(), wrong)
 
 
 def test_a_second_adapter_is_refused_and_the_first_stays():
