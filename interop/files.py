@@ -64,8 +64,9 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
 def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     """Write an adapter as PEFT's two files, with one copy of the bases or, if `save_projection=False`, none.
 
-    The same adapter always gives the same bytes. Each file is written beside its place and moved there when it is
-    complete, so that a crash never leaves half a file.
+    The same adapter always gives the same bytes. Each file is written beside its place and moved there when both are
+    complete, so that a crash never leaves half a file. Where the config says "all-linear" or `exclude_modules`, the
+    file names the adapted layers instead, so that PEFT, which reads those otherwise, adapts the same ones.
 
     Raises:
         ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet.
@@ -76,7 +77,7 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
             "save_projection=True, but the bases of this adapter are not known: bind it to its model first"
             " (adapter.bind(shapes)), or set save_projection=False."
         )
-    if not with_bases and adapter.bases is not None and adapter.recipe is None:
+    if not with_bases and adapter.bases is not None and identify_recipe(adapter.config, adapter.bases) is None:
         raise ValueError(
             "save_projection=False, but no recipe rebuilds the bases of this adapter, so they would be lost:"
             " save it with save_projection=True."
@@ -90,13 +91,20 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "randlora": json.dumps(_notes(adapter), sort_keys=True)}
-    config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
     write_atomically(
         {
             directory / WEIGHTS_NAME: safetensors_parts(tensors, metadata),
-            directory / CONFIG_NAME: [config.to_json().encode()],
+            directory / CONFIG_NAME: [_config_on_disk(adapter).to_json().encode()],
         }
     )
+
+
+def _config_on_disk(adapter: Adapter) -> RandLoraConfig:
+    config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
+    if config.exclude_modules is None and config.target_modules != "all-linear":
+        return config
+    nothing = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return dataclasses.replace(config, target_modules=adapter.modules, **nothing)
 
 
 def _existing(directory: Path, name: str) -> Path:
@@ -186,7 +194,7 @@ def _read_tensors(
         elif match["part"] in "AB":
             value = file.get_tensor(key)
             first = copies.setdefault(match["part"], value)
-            if (first.shape, first.dtype) != (value.shape, value.dtype) or first.tobytes() != value.tobytes():
+            if not _same_bits(first, value):
                 problems.append(f"{key}: differs from another copy of basis {match['part']} in the same file")
         elif match["module"] is None:
             problems.append(f"{key}: left over; lambda and gamma belong to a module")
@@ -203,6 +211,12 @@ def _read_tensors(
         raise AdapterFormatError(bulleted(f"{path} is not a complete RandLoRA adapter", problems))
     factors = {module: Factors(parts["lambda"], parts["gamma"]) for module, parts in found.items()}
     return factors, Bases(copies["A"], copies["B"]) if copies else None, others
+
+
+def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
 def _accounted_for(key: str, config: RandLoraConfig) -> bool:

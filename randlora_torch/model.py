@@ -46,7 +46,8 @@ def get_peft_model(
         ValueError: a target matches nothing or no linear layer, the name is taken or not usable, or the config asks
             for trained biases or modules_to_save, which this release cannot train.
     """
-    layers, heads, others = _adaptable_layers(model)
+    layers, others = _adaptable_layers(model)
+    heads = _output_heads(model, config, layers)
     targets = resolve_targets(config, list(layers), output_layers=heads, other_modules=others)
     shapes = {name: layer_shape(layers[name]) for name in targets}
     rng = None if config.init_weights else np.random.default_rng(int(torch.randint(2**62, ())))
@@ -87,7 +88,7 @@ def load_adapter(
         adapter = dir_or_adapter.to_interop() if hasattr(dir_or_adapter, "to_interop") else dir_or_adapter
     if not isinstance(adapter, Adapter):
         raise TypeError(f"dir_or_adapter is a {type(dir_or_adapter).__name__}: pass an adapter folder or an adapter.")
-    layers, _, _ = _adaptable_layers(model)
+    layers, _ = _adaptable_layers(model)
     first = not getattr(model, "randlora_adapters", {})
     _attach(model, adapter.bind({name: layer_shape(layer) for name, layer in layers.items()}), adapter_name)
     if first:
@@ -110,27 +111,37 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
             f"bias={config.bias!r}, modules_to_save={config.modules_to_save}: this release trains lambda and gamma"
             " only. Use bias='none' and modules_to_save=None."
         )
-    layers, _, _ = _adaptable_layers(model)
-    kinds = {name: _layer_kind(layers[name], name) for name in adapter.modules}
-    if not isinstance(model, RandLoraMixin):
+    fresh = not isinstance(model, RandLoraMixin)
+    basis_A, basis_B = (BufferDict(), BufferDict()) if fresh else (model.randlora_A, model.randlora_B)
+    options = (config.r, config.randlora_alpha, config.randlora_dropout)
+    layers = {name: model.get_submodule(name) for name in adapter.modules}
+    # Whatever can fail comes before the model is touched.
+    created = {
+        name: _layer_kind(layer, name)(layer, adapter_name, basis_A, basis_B, *options)
+        for name, layer in layers.items()
+        if not isinstance(layer, RandLoraLayer)
+    }
+    if fresh:
         model.requires_grad_(False)
-        model.randlora_A, model.randlora_B, model.randlora_adapters = BufferDict(), BufferDict(), {}
+        model.randlora_A, model.randlora_B, model.randlora_adapters = basis_A, basis_B, {}
         model.__class__ = type(f"RandLora{type(model).__name__}", (RandLoraMixin, type(model)), {})
         if _bnb() is not None:
             _bnb().protect_from_repacking(model)
-    device = layers[adapter.modules[0]].weight.device
-    model.randlora_A[adapter_name], model.randlora_B[adapter_name] = (to_torch(b).to(device) for b in adapter.bases)
+    device = _base_layer(layers[adapter.modules[0]]).weight.device
+    basis_A[adapter_name], basis_B[adapter_name] = (to_torch(basis).to(device) for basis in adapter.bases)
+    active = next((layer.active_adapters for layer in adapted_layers(model).values()), [adapter_name])
     for name, factors in adapter.factors.items():
-        layer = model.get_submodule(name)
-        if not isinstance(layer, RandLoraLayer):
-            options = (config.r, config.randlora_alpha, config.randlora_dropout)
-            layer = kinds[name](layer, adapter_name, model.randlora_A, model.randlora_B, *options)
-            layer.train(model.training)
-            model.set_submodule(name, layer)
+        if name in created:
+            created[name].active_adapters = list(active)
+            model.set_submodule(name, created[name].train(model.training))
         else:
-            layer.update_layer(adapter_name, config.r, config.randlora_alpha, config.randlora_dropout)
-        layer.set_factors(adapter_name, Factors(*map(to_torch, factors)))
+            layers[name].update_layer(adapter_name, *options)
+        model.get_submodule(name).set_factors(adapter_name, Factors(*map(to_torch, factors)))
     model.randlora_adapters[adapter_name] = AttachedAdapter(config, adapter.recipe, adapter.modules)
+
+
+def _base_layer(layer: nn.Module) -> nn.Module:
+    return layer.base_layer if isinstance(layer, RandLoraLayer) else layer
 
 
 def _bnb() -> ModuleType | None:
@@ -146,22 +157,27 @@ def _layer_kind(base_layer: nn.Module, name: str) -> type[RandLoraLayer]:
     return bnb.Linear4bit if bnb is not None and isinstance(base_layer, bnb.Base4bit) else Linear
 
 
-def _adaptable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str], list[str]]:
-    """Base layers that can be adapted, by name; names of the output heads; names of all other modules."""
+def _adaptable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+    """Base layers that can be adapted, by name, and the names of all other modules."""
     layers: dict[str, nn.Module] = {}
     others: list[str] = []
+    inside = None  # the adapted layer whose parts come next
     for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
         if isinstance(module, RandLoraLayer):
-            layers[name] = module.base_layer
-        elif name.rpartition(".")[0] in layers:
-            continue  # inside an adapted layer
-        # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear without calling it
-        elif (
-            isinstance(module, nn.Linear | Conv1D) and name and not isinstance(module, NonDynamicallyQuantizableLinear)
-        ):
+            layers[name], inside = module.base_layer, f"{name}."
+        elif isinstance(module, nn.Linear | Conv1D) and type(module) is not NonDynamicallyQuantizableLinear and name:
             layers[name] = module
-        else:
+        else:  # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear without calling it
             others.append(name)
+    return layers, others
+
+
+def _output_heads(model: nn.Module, config: RandLoraConfig, layers: dict[str, nn.Module]) -> list[str]:
+    """What "all-linear" leaves out: the output embedding or, for sequence classification, the classifier."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    return layers, [name for name, layer in layers.items() if layer is head], others
+    if head is None and config.task_type == "SEQ_CLS":
+        head = getattr(model, "score", None) or getattr(model, "classifier", None)
+    return [name for name, layer in layers.items() if layer is head]

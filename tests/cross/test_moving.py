@@ -185,3 +185,22 @@ def test_vmapped_adapters_in_jax_equal_one_after_the_other(base_folder):
     for got, adapter in zip(both, adapters, strict=True):
         want = randlora_jax.effective_params(params, adapter)["a"]["kernel"]
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)  # entries of order 10, summed in another order
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]},
+    ],
+    ids=["all-linear", "exclude_modules"],
+)
+def test_peft_adapts_the_layers_that_we_adapted(tmp_path, fields):
+    """PEFT reads "all-linear" by other rules and ignores exclude_modules: the file names the layers."""
+    config = models.our_config({**FIELDS, **fields, "save_projection": False, "init_weights": False})
+    ours = randlora_torch.get_peft_model(models.llama(), config)
+    ours.save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(models.llama(), tmp_path)
+    wrapped = [n for n, m in theirs.named_modules() if isinstance(m, peft.tuners.randlora.RandLoraLayer)]
+    assert sorted(n.removeprefix("base_model.model.") for n in wrapped) == sorted(randlora_torch.extract(ours).modules)
+    np.testing.assert_allclose(torch_logits(theirs), torch_logits(ours), rtol=0, atol=2e-6)
