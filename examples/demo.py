@@ -11,10 +11,10 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import base_model
 import jax
@@ -27,6 +27,7 @@ import torch
 from flax import nnx
 from llama_nnx import Llama, load_llama, next_token_loss
 from progress import progress
+from report import Run
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import interop
@@ -34,7 +35,7 @@ import randlora_jax
 import randlora_torch
 
 CONFIG = interop.RandLoraConfig(r=16, randlora_alpha=160, target_modules="all-linear", task_type="CAUSAL_LM")
-LEARNING_RATE = {"RandLoRA": 1e-2, "LoRA": 1e-2, "full fine-tuning": 1e-3}  # the best of a sweep in factors of about 2
+LEARNING_RATE = {"RandLoRA": 2.5e-3, "LoRA": 1e-2, "full fine-tuning": 2e-3}  # best of a sweep in factors of 2
 PROMPT = "    def read"
 
 
@@ -43,21 +44,12 @@ compiled_logits = nnx.jit(Llama.__call__)
 
 
 class Data(NamedTuple):
-    """Token arrays, and the way back to text."""
+    """Tokens to train on, the same held-out batches (B, T+1) for every model, and the way to text and back."""
 
     training: np.ndarray
-    held_out: np.ndarray
+    held_out: list[np.ndarray]
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
-
-    def batches(self, options: argparse.Namespace, *, seed: int) -> Iterator[np.ndarray]:
-        """Endless training batches (B, T+1)."""
-        return text.batches(self.training, batch_size=options.batch_size, length=options.length, seed=seed)
-
-    def held_out_batches(self, options: argparse.Namespace) -> list[np.ndarray]:
-        """A few batches the training never sees, the same for every model."""
-        crops = text.batches(self.held_out, batch_size=options.batch_size, length=options.length, seed=0)
-        return list(islice(crops, 16))
 
 
 def main() -> None:
@@ -66,58 +58,49 @@ def main() -> None:
     started = time.perf_counter()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {}
-    curves: dict[str, list[float]] = {}
+    run = Run(trainable={}, curves={}, held_out={}, numbers={}, samples=[])
 
     say("1/5  base model")
     folder = Path(options.model) if options.model else out / "base_model"
     if not options.model:
-        facts["base"] = base_model.train_base(folder, steps=options.base_steps)
+        base_model.train_base(folder, steps=options.base_steps)
     data = load_data(options, folder)
 
     say("2/5  fine-tuning in Flax")
-    batches = data.held_out_batches(options)
-    facts["held out before"] = jax_loss(load_llama(folder), batches)
+    run.held_out["base model"] = jax_loss(load_llama(folder), data.held_out)
     config = dataclasses.replace(CONFIG, base_model_name_or_path=str(folder))
     model = randlora_jax.attach(load_llama(folder), config)
-    curves["RandLoRA"] = train_flax(model, randlora_jax.RandLoraParam, "RandLoRA", data, options)
-    adapter = randlora_jax.extract(model)
-    facts["trainable"] = {"RandLoRA": randlora_jax.count_trainable(adapter)}
-    facts["held out"] = {"RandLoRA": jax_loss(model, batches)}
-    for name, kind, make in (("LoRA", nnx.LoRAParam, with_lora), ("full fine-tuning", nnx.Param, lambda base: base)):
-        reference = make(load_llama(folder))
-        facts["trainable"][name] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(reference, kind)))
-        curves[name] = train_flax(reference, kind, name, data, options)
-        facts["held out"][name] = jax_loss(reference, batches)
+    fine_tune(run, "RandLoRA", model, randlora_jax.RandLoraParam, data, options)
+    fine_tune(run, "LoRA", with_lora(load_llama(folder)), nnx.LoRAParam, data, options)
+    fine_tune(run, "full fine-tuning", load_llama(folder), nnx.Param, data, options)
 
     say("3/5  from Flax to torch")
-    moved = interop.convert(adapter, to="torch")
-    torch_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    facts["effect"] = largest_difference(model, torch_model, batches[0])
+    torch_model = load_torch(folder)
+    effect = largest_difference(model, torch_model, data.held_out[0])
+    moved = interop.convert(model, to="torch")
     randlora_torch.load_adapter(torch_model, moved)
-    facts["difference"] = largest_difference(model, torch_model, batches[0])
-    say(f"     largest logit difference {facts['difference']:.2g}; the adapter changes logits by {facts['effect']:.2g}")
+    run.numbers["difference"] = largest_difference(model, torch_model, data.held_out[0])
+    run.numbers["effect"] = effect
+    say(f"     largest logit difference {run.numbers['difference']:.2g}; the adapter changes logits by {effect:.2g}")
 
     say("4/5  going on in 4 bits")
-    quantized = load_nf4(folder)
-    randlora_torch.load_adapter(quantized, moved, is_trainable=True)
+    quantized = randlora_torch.load_adapter(load_nf4(folder), moved, is_trainable=True)
     quantized.print_trainable_parameters()
-    facts["held out"]["RandLoRA, on the NF4 base"] = torch_loss(quantized, batches)
-    curves["RandLoRA in torch, NF4 base"] = train_torch(quantized, data, options)
-    facts["held out"]["RandLoRA, trained on there"] = torch_loss(quantized, batches)
+    run.curves[report.IN_TORCH] = train_torch(quantized, data, options)
+    run.held_out["RandLoRA, moved to the NF4 base"] = run.curves[report.IN_TORCH][0][1]
+    run.held_out["RandLoRA, trained on there"] = run.curves[report.IN_TORCH][-1][1]
     quantized.save_pretrained(out / "adapter")
-    back = randlora_jax.attach(load_llama(folder), out / "adapter")
-    torch_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    randlora_torch.load_adapter(torch_model, out / "adapter")
-    facts["difference back"] = largest_difference(back, torch_model, batches[0])
+    in_flax = randlora_jax.attach(load_llama(folder), out / "adapter")
+    in_torch = randlora_torch.load_adapter(load_torch(folder), out / "adapter")
+    run.numbers["difference after"] = largest_difference(in_flax, in_torch, data.held_out[0])
     quantized.merge_adapter()
-    facts["held out"]["merged into the NF4 base"] = torch_loss(quantized, batches)
-    facts["samples"] = sample(quantized, data)
+    run.held_out["merged into the NF4 base"] = torch_loss(quantized, data.held_out)
+    run.samples.extend(sample(quantized, data))
 
     say("5/5  writing")
-    facts["seconds"] = time.perf_counter() - started
-    report.write_plot(out / "loss.png", curves, before=facts["held out before"])
-    report.write_report(out / "report.md", facts, adapter_folder=out / "adapter")
+    run.numbers["seconds"] = time.perf_counter() - started
+    report.write_plot(out / "loss.png", run)
+    report.write_report(out / "report.md", run, adapter_folder=out / "adapter")
     print(f"wrote adapter, loss.png and report.md to {out}")
 
 
@@ -147,19 +130,19 @@ def load_data(options: argparse.Namespace, folder: Path) -> Data:
     raw = text.read_text(options.text) if options.text else text.source_code()
     if any(folder.glob("tokenizer*")):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        ids = tokenizer(raw.decode(), add_special_tokens=False, verbose=False)["input_ids"]
-        return Data(*text.split(np.asarray(ids)), lambda s: tokenizer(s)["input_ids"], tokenizer.decode)
-    to_text = lambda ids: bytes(ids).decode(errors="replace")  # noqa: E731
-    return Data(*text.split(text.to_tokens(raw)), lambda string: list(string.encode()), to_text)
+        encode = lambda string: tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
+        tokens, decode = np.asarray(encode(raw.decode())), tokenizer.decode
+    else:
+        encode = lambda string: list(string.encode())  # noqa: E731
+        tokens, decode = text.to_tokens(raw), lambda ids: bytes(ids).decode(errors="replace")
+    training, held_out = text.split(tokens)
+    crops = text.batches(held_out, batch_size=options.batch_size, length=options.length, seed=0)
+    return Data(training, list(islice(crops, 12)), encode, decode)
 
 
-def schedule(name: str, steps: int) -> optax.Schedule:
-    """Warm-up over a tenth of the steps, then a cosine to zero."""
-    return optax.warmup_cosine_decay_schedule(0, LEARNING_RATE[name], max(1, steps // 10), steps)
-
-
-def train_flax(model: Llama, kind: type, name: str, data: Data, options: argparse.Namespace) -> list[float]:
-    """Train the parameters of one kind, with AdamW; returns the loss of each step."""
+def fine_tune(run: Run, name: str, model: Llama, kind: type, data: Data, options: argparse.Namespace) -> None:
+    """Train the parameters of one kind with AdamW, and note their count and the held-out loss on the way."""
+    run.trainable[name] = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, kind)))
     optimizer = nnx.Optimizer(model, optax.adamw(schedule(name, options.steps)), wrt=kind)
 
     @nnx.jit
@@ -168,20 +151,42 @@ def train_flax(model: Llama, kind: type, name: str, data: Data, options: argpars
         optimizer.update(model, grads)
         return loss
 
-    losses: list[float] = []
-    crops = data.batches(options, seed=1)
-    for batch in progress(crops, total=options.steps, describe=lambda: f"{name} loss {np.mean(losses[-20:]):.3f}", every=20):
-        losses.append(float(step(model, optimizer, batch)))
-    return losses
+    crops = text.batches(data.training, batch_size=options.batch_size, length=options.length, seed=1)
+    train = lambda batch: step(model, optimizer, batch)  # noqa: E731
+    evaluate = lambda: jax_loss(model, data.held_out)  # noqa: E731
+    run.curves[name] = curve(name, train, evaluate, crops, options.steps)
+    run.held_out[name] = run.curves[name][-1][1]
+
+
+def curve(
+    name: str, train: Callable, evaluate: Callable[[], float], batches: Iterable[np.ndarray], steps: int
+) -> list[tuple[int, float]]:
+    """Train on `steps` batches; (step, held-out loss) at the start, ten times on the way, and so at the end."""
+    every = max(1, steps // 10)
+    points = [(0, evaluate())]
+    describe = lambda: f"{name}: held-out loss {points[-1][1]:.3f}"  # noqa: E731
+    for count, batch in enumerate(progress(batches, total=steps, describe=describe, every=2 * every), start=1):
+        train(batch)
+        if count % every == 0:
+            points.append((count, evaluate()))
+    return points
+
+
+def schedule(name: str, steps: int) -> optax.Schedule:
+    """Warm-up over a tenth of the steps, then a cosine to zero."""
+    return optax.warmup_cosine_decay_schedule(0, LEARNING_RATE[name], max(1, steps // 10), steps)
 
 
 def with_lora(model: Llama) -> Llama:
-    """Flax's own LoRA on the same layers, with the rank that trains about as many parameters as the RandLoRA does."""
+    """Flax's own LoRA on the same layers, with ranks that train as many parameters in all as the RandLoRA does."""
+    owed = 0  # what rounding the ranks of earlier layers left over
     for path, module in list(nnx.iter_modules(model)):
         for name, layer in list(vars(module).items()):
             if isinstance(layer, nnx.Linear) and name != "lm_head":
                 sizes = layer.in_features, layer.out_features
-                rank = max(1, round(interop.count_trainable(sizes, CONFIG.r) / sum(sizes)))
+                owed += interop.count_trainable(sizes, CONFIG.r)
+                rank = max(1, round(owed / sum(sizes)))
+                owed -= rank * sum(sizes)
                 rngs = nnx.Rngs(len(path) + len(name))
                 setattr(module, name, nnx.LoRA(sizes[0], rank, sizes[1], base_module=layer, rngs=rngs))
     return model
@@ -207,6 +212,11 @@ def largest_difference(flax_model: Llama, torch_model: torch.nn.Module, batch: n
     return float(np.abs(flax_logits - torch_logits).max())
 
 
+def load_torch(folder: Path) -> torch.nn.Module:
+    """The base in float32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
 def load_nf4(folder: Path) -> torch.nn.Module:
     """The base in NF4 with double quantization, on the GPU if there is one."""
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -214,21 +224,20 @@ def load_nf4(folder: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, device_map=device)
 
 
-def train_torch(model: torch.nn.Module, data: Data, options: argparse.Namespace) -> list[float]:
-    """Go on training the adapter on the quantized base, in a plain torch loop at a tenth of the learning rate."""
-    model.train()
+def train_torch(model: torch.nn.Module, data: Data, options: argparse.Namespace) -> list[tuple[int, float]]:
+    """Go on training the adapter on the quantized base, in a plain torch loop at a lower learning rate."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE["RandLoRA"] / 10)
-    losses: list[float] = []
-    crops = data.batches(options, seed=2)
-    total = options.steps // 2
-    for batch in progress(crops, total=total, describe=lambda: f"NF4 loss {np.mean(losses[-20:]):.3f}", every=20):
+    optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE["RandLoRA"] / 5)
+
+    def train(batch: np.ndarray) -> None:
+        model.train()
         loss = base_model.next_token_loss(model, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    return losses
+
+    crops = text.batches(data.training, batch_size=options.batch_size, length=options.length, seed=2)
+    return curve(report.IN_TORCH, train, lambda: torch_loss(model, data.held_out), crops, options.steps // 2)
 
 
 def sample(model: torch.nn.Module, data: Data) -> list[str]:

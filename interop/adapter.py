@@ -5,7 +5,7 @@ Conversion between stacks is renaming arrays to and from this form; it never tra
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,21 +82,9 @@ class Adapter:
             KeyError: `module` is not adapted.
             ValueError: the shape is unknown or does not fit, or the adapter has no bases.
         """
-        if module not in self.factors:
-            raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {len(self.factors)} that are.")
-        recorded = (self.shapes or {}).get(module)
-        shape = recorded if shape is None else tuple(shape)
-        if shape is None:
-            raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
-        if self.bases is None:
-            raise ValueError("this adapter has no bases yet: give it its model's layer shapes, adapter.bind(shapes).")
+        shape = resolve_shape(self, module, shape)
         lam, gamma = (part.astype(np.float64) for part in self.factors[module])
         n, min_dim = gamma.shape
-        if min_dim != min(shape) or max(shape) > self.bases.dims.max_dim or shape != (recorded or shape):
-            limits = f"short side {min_dim}, long side at most {self.bases.dims.max_dim}"
-            raise ValueError(
-                f"shape={shape} does not fit {module!r}: it must be {recorded or f'(out, in) with {limits}'}."
-            )
         A = self.bases.A[:, 0, :min_dim].astype(np.float64)
         B = self.bases.B[: max(shape), :n].astype(np.float64)
         scaled_A = lam[:, :, None] * A[:, None, :] * gamma  # (r, n, min_dim)
@@ -160,6 +148,29 @@ def init_adapter(
             lam, start = rng.standard_normal(shape_lam, np.float32), 1 / max(shape)
         factors[name] = Factors(lam, np.full(shape_gamma, start, np.float32))
     return Adapter(config=config, factors=factors, bases=bases, recipe=recipe, shapes=dict(shapes))
+
+
+def resolve_shape(adapter: Any, module: str, shape: tuple[int, int] | None) -> tuple[int, int]:
+    """(out, in) of one layer of an adapter of any stack: the recorded one, or the given one if it fits.
+
+    Raises:
+        KeyError: `module` is not adapted.
+        ValueError: the shape is unknown or does not fit, or the adapter has no bases.
+    """
+    if module not in adapter.factors:
+        count = len(adapter.factors)
+        raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {count} that are.")
+    if adapter.bases is None:
+        raise ValueError("this adapter has no bases yet: give it its model's layer shapes, adapter.bind(shapes).")
+    recorded = dict(adapter.shapes or ()).get(module)
+    shape = recorded if shape is None else tuple(shape)
+    if shape is None:
+        raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
+    min_dim, max_dim = adapter.factors[module].gamma.shape[-1], adapter.bases.dims.max_dim
+    if min_dim != min(shape) or max(shape) > max_dim or shape != (recorded or shape):
+        limits = recorded or f"(out, in) with short side {min_dim}, long side at most {max_dim}"
+        raise ValueError(f"shape={shape} does not fit {module!r}: it must be {limits}.")
+    return shape
 
 
 def _misfits(adapter: Adapter) -> Iterable[str]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import os
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from interop.adapter import Adapter, Factors
+from interop.adapter import Adapter, Factors, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.files import save
@@ -52,6 +53,17 @@ class RandLoraAdapter:
         """This adapter with other factors, as they come out of an optax update or into a loss function."""
         return dataclasses.replace(self, factors=trainable)
 
+    def with_layouts(self, layouts: Mapping[str, Layout]) -> "RandLoraAdapter":
+        """This adapter, knowing the layouts of kernels that are no plain 2-D matrices, by module name.
+
+        Raises:
+            ValueError: a name is not adapted.
+        """
+        unknown = sorted(set(layouts) - set(self.factors))
+        if unknown:
+            raise ValueError(f"layouts are given for {unknown}, which are not adapted. The adapter has {self.modules}.")
+        return dataclasses.replace(self, layouts=tuple({**dict(self.layouts), **layouts}.items()))
+
     def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> Float[Array, "outputs inputs"]:
         """The update of one layer in torch's (out, in) orientation, float32 or wider.
 
@@ -61,13 +73,9 @@ class RandLoraAdapter:
 
         Raises:
             KeyError: `module` is not adapted.
-            ValueError: the shape is unknown.
+            ValueError: the shape is unknown or does not fit.
         """
-        if module not in self.factors:
-            raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {len(self.factors)} that are.")
-        shape = shape or dict(self.shapes or ()).get(module)
-        if shape is None:
-            raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
+        shape = resolve_shape(self, module, shape)
         bases = layer_bases(self.bases, shape)
         delta = delta_weight(*bases, *self.factors[module], scaling=self.config.scaling)  # (long, short)
         return delta if shape[0] >= shape[1] else delta.T
@@ -98,7 +106,13 @@ class RandLoraAdapter:
     def to_interop(self) -> Adapter:
         """The same arrays in numpy."""
         factors, bases = jax.tree.map(np.asarray, (self.factors, self.bases))
-        return Adapter(config=self.config, factors=factors, bases=bases, recipe=self.recipe, shapes=self.shapes and dict(self.shapes))
+        return Adapter(
+            config=self.config,
+            factors=factors,
+            bases=bases,
+            recipe=self.recipe,
+            shapes=self.shapes and dict(self.shapes),
+        )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the adapter in PEFT's format; see `interop.save`."""

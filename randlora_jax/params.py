@@ -14,7 +14,7 @@ from interop.config import RandLoraConfig
 from interop.errors import bulleted
 from interop.targets import resolve_targets
 from randlora_jax.adapter import RandLoraAdapter
-from randlora_jax.layouts import Layout, default_layout, module_name, path_parts
+from randlora_jax.layouts import OUT_IN, Layout, default_layout, module_name, path_parts
 
 Params = TypeVar("Params")
 OUTPUT_LAYERS = ("lm_head",)  # what "all-linear" leaves out, as PEFT does with a model's output embedding
@@ -116,6 +116,8 @@ def find_kernels(
         layout = layouts.get(name) or default_layout(parts, len(leaf.shape))
         if layout is None:
             others.append(name)
+        elif name in kernels:
+            raise ValueError(f"two parameters are called {name!r}, one of them by its leaf {parts[-1]!r}: rename one.")
         else:
             kernels[name] = Kernel(layout, layout.torch_shape(leaf.shape))
     unknown = sorted(set(layouts) - set(kernels))
@@ -128,6 +130,14 @@ def new_adapter(
     config: RandLoraConfig, kernels: Mapping[str, Kernel], others: list[str], *, recipe: str, key: jax.Array | None
 ) -> RandLoraAdapter:
     """A new adapter for those of `kernels` that the config selects; see `init`."""
+    if not config.init_weights and key is None:
+        raise ValueError("init_weights=False draws lambda at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
+    unclear = [name for name, kernel in kernels.items() if kernel.layout == OUT_IN]
+    if config.target_modules == "all-linear" and unclear:
+        raise ValueError(
+            f"target_modules='all-linear' cannot tell layers from embeddings where both are called 'weight', as in"
+            f" {unclear[:4]}: name the layers to adapt."
+        )
     heads = [name for name in kernels if name.rsplit(".", 1)[-1] in OUTPUT_LAYERS]
     targets = resolve_targets(config, list(kernels), output_layers=heads, other_modules=others)
     shapes = {name: kernels[name].shape for name in targets}
@@ -162,14 +172,16 @@ def add_delta(kernel: jax.Array, delta: jax.Array, layout: Layout, combine: Call
 def _map_adapted(params: Params, adapter: RandLoraAdapter, combine: Callable[[Any, Any], Any]) -> Params:
     layouts, shapes = dict(adapter.layouts), dict(adapter.shapes or ())
     names: list[str] = []
+    adapted: list[str] = []
 
     def visit(path: tuple[Any, ...], leaf: Any) -> Any:
         parts = path_parts(path)
         name = module_name(parts)
         layout = layouts.get(name) or default_layout(parts, jnp.ndim(leaf))
+        names.append(name)
         if name not in adapter.factors or layout is None:
             return leaf
-        names.append(name)
+        adapted.append(name)
         shape = layout.torch_shape(leaf.shape)
         if shape != shapes.get(name, shape) or min(shape) != adapter.factors[name].gamma.shape[-1]:
             raise ValueError(
@@ -179,7 +191,10 @@ def _map_adapted(params: Params, adapter: RandLoraAdapter, combine: Callable[[An
         return add_delta(leaf, adapter.delta_weight(name, shape), layout, combine)
 
     result = jax.tree_util.tree_map_with_path(visit, params)
-    missing = [name for name in adapter.factors if name not in names]
+    missing = [name for name in adapter.factors if name not in adapted]
     if missing:
-        raise ValueError(bulleted(f"the parameters ({len(names)} of them match) lack these adapted layers", missing))
+        hint = ": it has no known layout, see adapter.with_layouts"
+        raise ValueError(
+            bulleted("the parameters lack these adapted layers", [n + hint * (n in names) for n in missing])
+        )
     return result

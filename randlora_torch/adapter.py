@@ -6,7 +6,7 @@ import os
 from jaxtyping import Float
 from torch import Tensor
 
-from interop.adapter import Adapter, Factors
+from interop.adapter import Adapter, Factors, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.files import save
@@ -46,13 +46,9 @@ class RandLoraAdapter:
 
         Raises:
             KeyError: `module` is not adapted.
-            ValueError: the shape is unknown.
+            ValueError: the shape is unknown or does not fit.
         """
-        if module not in self.factors:
-            raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {len(self.factors)} that are.")
-        shape = shape or (self.shapes or {}).get(module)
-        if shape is None:
-            raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
+        shape = resolve_shape(self, module, shape)
         bases = layer_bases(self.bases, shape)
         delta = delta_weight(*bases, *self.factors[module], scaling=self.config.scaling)  # (long, short)
         return delta if shape[0] >= shape[1] else delta.T

@@ -36,12 +36,15 @@ class Linear4bit(RandLoraLayer):
     def _read_weight(self) -> Tensor:
         return dequantize_4bit(self.base_layer.weight).float()
 
+    def _weight_dtype(self) -> torch.dtype:
+        return self.base_layer.weight.quant_state.dtype
+
     def _write_weight(self, weight: Tensor) -> None:
         old = self.base_layer.weight
         self._before_merge = self._before_merge if self._before_merge is not None else old
         state = old.quant_state
         unpacked = Params4bit(
-            weight.to(state.dtype),
+            weight.to(self._weight_dtype()),
             requires_grad=False,
             blocksize=state.blocksize,
             compress_statistics=state.nested,

@@ -106,7 +106,7 @@ class RandLoraLayer(nn.Module, abc.ABC):
         """A with lambda and gamma applied (r*n, d), and B (D, n*r); differentiable in lambda and gamma."""
         bases, (lam, gamma) = self._bases(adapter_name), self.factors(adapter_name)
         scaled_A = UniqueBaseGrad.apply(bases.A[:, None].to(lam.dtype), lam, gamma)  # (r, n, d)
-        return ScaledBases(scaled_A.flatten(end_dim=1), bases.B.flatten(start_dim=1))
+        return ScaledBases(scaled_A.flatten(end_dim=1), bases.B.to(lam.dtype).flatten(start_dim=1))
 
     def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "outputs inputs"]:
         """The update of an adapter in the (out, in) orientation of nn.Linear, in float32 or wider."""
@@ -121,12 +121,10 @@ class RandLoraLayer(nn.Module, abc.ABC):
         return bool(self.merged_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus the update of each active adapter, in the dtype of the base output."""
+        """Base output plus the update of each active adapter that is not merged, in the dtype of the base output."""
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
-        for name in self.active_adapters:
-            if name in self.randlora_lambda:
+        for name in self.active_adapters if not self.disable_adapters else ():
+            if name in self.randlora_lambda and name not in self.merged_adapters:
                 update = apply_delta(
                     self.randlora_dropout[name](x),
                     *self._bases(name),
@@ -153,7 +151,7 @@ class RandLoraLayer(nn.Module, abc.ABC):
     def check_merge(self, adapter_names: Iterable[str] | None = None, layer_name: str = "this layer") -> None:
         """Raise a ValueError if merging these adapters would give a weight that is not finite."""
         names = self._to_merge(adapter_names)
-        if names and not torch.isfinite(self._merged_weight(names)).all():
+        if names and not torch.isfinite(self._merged_weight(names).to(self._weight_dtype())).all():
             raise ValueError(f"merging {names} would make the weight of {layer_name} not finite. Check the adapter.")
 
     def _to_merge(self, adapter_names: Iterable[str] | None) -> list[str]:
@@ -179,6 +177,10 @@ class RandLoraLayer(nn.Module, abc.ABC):
     def _write_weight(self, weight: Float[Tensor, "outputs inputs"]) -> None:
         """Store a base weight that `_read_weight` would give back, as well as the storage can hold it."""
 
+    @abc.abstractmethod
+    def _weight_dtype(self) -> torch.dtype:
+        """The dtype that `_write_weight` rounds to."""
+
     def _restore_weight(self, delta: Float[Tensor, "outputs inputs"]) -> None:
         """Undo `_write_weight`, given the update that was merged."""
         self._write_weight(self._read_weight() - delta)
@@ -190,6 +192,9 @@ class Linear(RandLoraLayer):
     def _read_weight(self) -> Tensor:
         weight = self.base_layer.weight.to(torch.promote_types(self.base_layer.weight.dtype, torch.float32))
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
+
+    def _weight_dtype(self) -> torch.dtype:
+        return self.base_layer.weight.dtype
 
     def _write_weight(self, weight: Tensor) -> None:
         stored = weight.T if isinstance(self.base_layer, Conv1D) else weight

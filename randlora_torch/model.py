@@ -102,8 +102,12 @@ def load_adapter(
 def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     """Put an adapter, bound to the model, on its layers, and make the model a `RandLoraMixin`."""
     config = adapter.config
-    if not adapter_name or "." in adapter_name:
-        raise ValueError(f"adapter_name={adapter_name!r}: must be a non-empty name without dots (a parameter's name).")
+    taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict, BufferDict))
+    if not adapter_name or "." in adapter_name or taken:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: must be a non-empty name without dots that is no attribute of torch's"
+            " containers, such as 'keys'. Choose another."
+        )
     if adapter_name in getattr(model, "randlora_adapters", {}):
         raise ValueError(f"adapter_name={adapter_name!r} is taken: the model has {list(model.randlora_adapters)}.")
     if config.bias != "none" or config.modules_to_save:

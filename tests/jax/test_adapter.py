@@ -53,6 +53,12 @@ def test_delta_weight_refuses_a_module_that_is_not_adapted():
         adapter_in_jax().delta_weight("lm_head")
 
 
+@pytest.mark.parametrize("shape", [(40, 6), (6, 12), (11, 6), (12, 7)])
+def test_delta_weight_refuses_a_shape_that_contradicts_the_recorded_one(shape):
+    with pytest.raises(ValueError, match=r"does not fit 'block\.0\.up'"):
+        adapter_in_jax().delta_weight("block.0.up", shape)
+
+
 def test_the_shape_can_be_given_if_the_adapter_does_not_know_it():
     known = adapter_in_jax()
     adapter = RandLoraAdapter.from_interop(dataclasses.replace(draw_adapter(), shapes=None))

@@ -166,7 +166,7 @@ def test_leaves_named_weight_are_out_in_and_those_named_w_or_kernel_are_in_out()
         "c": {"kernel": array(8, 12)},
         "d": [TorchLikeLinear(array(12, 8), array(12))],
     }
-    adapter = trained(init(config("all-linear"), params))
+    adapter = trained(init(config("a", "b", "c", "d.0"), params))
     assert adapter.shapes == tuple((name, (12, 8)) for name in ("a", "b", "c", "d.0"))
     effective = effective_params(params, adapter)
     for got, base, name, transposed in (
@@ -400,3 +400,29 @@ def test_factors_in_half_precision_update_a_float32_kernel_in_float32():
     got, want = effective_params(params, half), effective_params(params, rounded)
     chex.assert_trees_all_equal_dtypes(got, params)
     chex.assert_trees_all_close(got, want, **TOLERANCE["float32"])
+
+
+def test_all_linear_refuses_to_guess_among_leaves_named_weight():
+    params = {"embed": {"weight": array(20, 8)}, "up": {"weight": array(12, 8)}}
+    with pytest.raises(ValueError, match=r"'all-linear' cannot tell layers from embeddings .*'embed', 'up'"):
+        init(RandLoraConfig(r=4, target_modules="all-linear"), params)
+    assert init(RandLoraConfig(r=4, target_modules=["up"]), params).modules == ("up",)
+
+
+def test_two_parameters_of_one_name_are_refused():
+    with pytest.raises(ValueError, match=r"two parameters are called 'a', one of them by its leaf 'w': rename one\."):
+        init(RandLoraConfig(r=4, target_modules=["a"]), {"a": {"kernel": array(8, 12), "w": array(8, 12)}})
+
+
+def test_an_adapter_from_torch_finds_a_3d_kernel_once_it_knows_the_layout():
+    wanted = RandLoraConfig(r=2, target_modules=["q"], init_weights=False)
+    made = interop.init_adapter(wanted, {"q": (10, 8)}, rng=np.random.default_rng(0))
+    adapter = interop.convert(made, to="jax")
+    params = {"q": {"kernel": array(8, 2, 5)}}
+    with pytest.raises(ValueError, match=r"- q: it has no known layout, see adapter\.with_layouts"):
+        effective_params(params, adapter)
+    with pytest.raises(ValueError, match=r"layouts are given for \['k'\], which are not adapted"):
+        adapter.with_layouts({"k": IN_OUT})
+    known = adapter.with_layouts({"q": Layout(in_axes=(0,), out_axes=(1, 2))})
+    got = effective_params(params, known)["q"]["kernel"] - params["q"]["kernel"]
+    np.testing.assert_allclose(got.reshape(8, 10).T, made.delta_weight("q"), rtol=1e-4, atol=1e-5)

@@ -46,6 +46,12 @@ def test_delta_weight_refuses_a_module_that_is_not_adapted():
         RandLoraAdapter.from_interop(draw_adapter()).delta_weight("lm_head")
 
 
+@pytest.mark.parametrize("shape", [(40, 6), (6, 12), (11, 6), (12, 7)])
+def test_delta_weight_refuses_a_shape_that_contradicts_the_recorded_one(shape):
+    with pytest.raises(ValueError, match=r"does not fit 'block\.0\.up'"):
+        RandLoraAdapter.from_interop(draw_adapter()).delta_weight("block.0.up", shape)
+
+
 def test_the_shape_can_be_given_if_the_adapter_does_not_know_it():
     hub = dataclasses.replace(draw_adapter(), shapes=None)
     adapter, known = RandLoraAdapter.from_interop(hub), RandLoraAdapter.from_interop(draw_adapter())

@@ -93,7 +93,6 @@ def test_the_update_of_a_layer_is_that_of_the_oracle(case):
 def test_the_product_of_the_scaled_bases_is_the_update_before_scaling(case, name):
     layer = adapted(base_layer(case.shape), name)
     scaled = layer.get_scaled_bases(name)
-    # BUG found by this test: dense bases stay bfloat16 in B while A takes the dtype of lambda, so they cannot meet.
     product = scaled.B @ scaled.A  # (long, short)
     product = product if case.shape[0] >= case.shape[1] else product.T
     want = layer.get_delta_weight(name) / layer.scaling[name]
@@ -269,7 +268,6 @@ def test_several_adapters_merge_together_or_one_by_one():
 
 
 def test_merging_one_of_two_active_adapters_keeps_the_output():
-    # BUG found by this test: once anything is merged, forward leaves out active adapters that are not.
     layer = adapted(base_layer((12, 7)), "a", "b")
     x = inputs(layer)
     want = layer(x)
@@ -301,7 +299,6 @@ def test_a_safe_merge_refuses_what_is_not_finite_and_leaves_the_layer_as_it_was(
 
 
 def test_a_weight_that_overflows_its_dtype_is_refused_by_a_safe_merge():
-    # BUG found by this test: the check looks at the float32 sum, before it is rounded to the dtype of the weight.
     layer = adapted(base_layer((12, 7), dtype=torch.float16))
     layer.factors("a").lam.data.mul_(1e6)
     with pytest.raises(ValueError, match="would make the weight of this layer not finite"):

@@ -172,9 +172,8 @@ def test_training_moves_lambda_and_gamma_and_nothing_else(kind):
     assert all(tensor.isfinite().all() for tensor in after.values())
 
 
-def test_training_an_mlp_fits_its_target():
-    model = get_peft_model(mlp(), config(["up", "down"]))
-    target = torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+def test_training_recovers_the_outputs_of_another_adapter():
+    model, target = get_peft_model(mlp(), config(["up", "down"])), output(trained())
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     losses = []
     for _ in range(100):
@@ -629,3 +628,24 @@ def test_state_dicts_of_two_models_with_equal_adapters_are_interchangeable():
     model, other = trained(), get_peft_model(mlp(1), config(["up", "down"]))
     other.load_state_dict(model.state_dict())
     assert_same(output(other), output(model))
+
+
+def test_a_later_adapter_stays_inactive_also_on_layers_that_the_first_does_not_adapt():
+    model, base = mlp(), mlp()
+    x = torch.randn(3, model.up.in_features)
+    get_peft_model(model, RandLoraConfig(r=4, target_modules=["up"]))
+    other = get_peft_model(mlp(), RandLoraConfig(r=4, target_modules=["down"], init_weights=False))
+    load_adapter(model, extract(other), "second")
+    torch.testing.assert_close(model(x), base(x))
+    model.set_adapter("second")
+    torch.testing.assert_close(model(x), other(x))
+
+
+def test_a_refused_layer_leaves_the_model_as_it_was():
+    model = mlp()
+    keys, kind = list(model.state_dict()), type(model)
+    with pytest.raises(ValueError, match="bias='all'"):
+        get_peft_model(model, RandLoraConfig(r=4, target_modules=["up"], bias="all"))
+    assert list(model.state_dict()) == keys
+    assert type(model) is kind
+    assert all(parameter.requires_grad for parameter in model.parameters())
