@@ -35,13 +35,18 @@ class Layout:
                 " the kernel once, with at least one axis in each."
             )
 
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return len(self.in_axes) + len(self.out_axes)
+
     def torch_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
         """(out, in) of the torch weight that a kernel of this shape stands for.
 
         Raises:
             ValueError: the kernel has another number of axes.
         """
-        if len(kernel_shape) != len(self.in_axes) + len(self.out_axes):
+        if len(kernel_shape) != self.ndim:
             raise ValueError(f"a kernel of shape {kernel_shape} does not have the axes of {self}.")
         out, inp = (math.prod(kernel_shape[axis] for axis in axes) for axes in (self.out_axes, self.in_axes))
         return out, inp

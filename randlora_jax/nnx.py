@@ -48,7 +48,7 @@ class RandLoraWeight(nnx.Module):
         self.static = static
 
     def delta_weight(self) -> jax.Array:
-        """DW in torch's (out, in) orientation."""
+        """The update in torch's (out, in) orientation."""
         shape = self.static.kernel.shape
         bases = layer_bases(Bases(self.randlora_A[...], self.randlora_B[...]), shape)
         delta = delta_weight(
@@ -105,12 +105,17 @@ def attach(
         rngs: Needed for a new adapter with `init_weights=False` only.
 
     Raises:
-        ValueError: the model has an adapter, a target matches nothing, or the adapter was made for another model.
+        ValueError: the model has an adapter, a target matches nothing, the adapter was made for another model, or a
+            new one asks for trained biases, modules_to_save or dropout.
         TypeError: `config_or_adapter` is none of these.
     """
     if _attached(model):
         raise ValueError("the model already has an adapter attached: detach(model) first.")
     places = {place.parts: place for place in _params(model)}
+    if isinstance(config_or_adapter, RandLoraAdapter):  # it was made for a model like this one, or is refused below
+        axes = {module_name(parts): place.param.ndim for parts, place in places.items()}
+        recorded = {name: layout for name, layout in config_or_adapter.layouts if axes.get(name) == layout.ndim}
+        layouts = {**recorded, **(layouts or {})}
     kernels, others = find_kernels([(parts, place.param) for parts, place in places.items()], layouts or {})
     adapter = _resolve(config_or_adapter, kernels, others, recipe, rngs)
     basis_A, basis_B = map(RandLoraBasis, adapter.bases)

@@ -1,6 +1,7 @@
 """Adapters on any pytree of parameters: new factors, effective parameters, merge and unmerge, counts."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,7 +47,8 @@ def init(
         key: A `jax.random.key`, needed for `init_weights=False` only.
 
     Raises:
-        ValueError: a target matches nothing or no adaptable kernel, or the bases cannot be made.
+        ValueError: a target matches nothing or no adaptable kernel, the bases cannot be made, or the config asks for
+            trained biases, modules_to_save or dropout.
     """
     leaves = [(path_parts(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
     kernels, others = find_kernels(leaves, layouts or {})
@@ -130,6 +132,12 @@ def new_adapter(
     config: RandLoraConfig, kernels: Mapping[str, Kernel], others: list[str], *, recipe: str, key: jax.Array | None
 ) -> RandLoraAdapter:
     """A new adapter for those of `kernels` that the config selects; see `init`."""
+    unsupported = {"bias": "none", "modules_to_save": None, "randlora_dropout": 0}
+    for name, only in unsupported.items():
+        if getattr(config, name) != only:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r}: this stack trains with {name}={only!r} only. Set that."
+            )
     if not config.init_weights and key is None:
         raise ValueError("init_weights=False draws lambda at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
     unclear = [name for name, kernel in kernels.items() if kernel.layout == OUT_IN]
@@ -150,6 +158,12 @@ def on_kernels(adapter: Adapter, kernels: Mapping[str, Kernel]) -> RandLoraAdapt
     Raises:
         AdapterFormatError: a kernel is missing or has another shape.
     """
+    if adapter.config.randlora_dropout:
+        warnings.warn(
+            f"randlora_dropout={adapter.config.randlora_dropout} has no effect in this stack. Training goes on without"
+            " it; dataclasses.replace(config, randlora_dropout=0.0) silences this.",
+            stacklevel=3,
+        )
     bound = adapter.bind({name: kernel.shape for name, kernel in kernels.items()})
     layouts = tuple((name, kernels[name].layout) for name in bound.modules)
     return dataclasses.replace(RandLoraAdapter.from_interop(bound), layouts=layouts)

@@ -430,3 +430,15 @@ def test_layers_stacked_by_nnx_vmap_are_not_taken_for_linear_layers():
 
     with pytest.raises(ValueError, match=r"It matches 'blocks', which is not a linear layer|leaves no layer to adapt"):
         attach(Stacked(), dataclasses.replace(CONFIG, target_modules=["blocks"]))
+
+
+def test_a_loaded_adapter_with_dropout_says_that_it_has_no_effect():
+    adapter = extract(attach(net(), CONFIG)).to_interop()
+    dropped = dataclasses.replace(adapter, config=dataclasses.replace(CONFIG, randlora_dropout=0.2))
+    with pytest.warns(UserWarning, match=r"randlora_dropout=0\.2 has no effect in this stack"):
+        attach(net(), dropped)
+
+
+def test_an_adapter_brings_the_layouts_that_it_was_made_with():
+    adapter = trained_adapter()
+    assert extract(attach(net(), adapter)).layouts == extract(attach(net(), adapter, layouts=LAYOUTS)).layouts

@@ -426,3 +426,19 @@ def test_an_adapter_from_torch_finds_a_3d_kernel_once_it_knows_the_layout():
     known = adapter.with_layouts({"q": Layout(in_axes=(0,), out_axes=(1, 2))})
     got = effective_params(params, known)["q"]["kernel"] - params["q"]["kernel"]
     np.testing.assert_allclose(got.reshape(8, 10).T, made.delta_weight("q"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"bias": "all"}, r"bias='all': this stack trains with bias='none' only\. Set that\."),
+        (
+            {"modules_to_save": ["head"]},
+            r"modules_to_save=\('head',\): this stack trains with modules_to_save=None only",
+        ),
+        ({"randlora_dropout": 0.1}, r"randlora_dropout=0\.1: this stack trains with randlora_dropout=0 only"),
+    ],
+)
+def test_what_this_stack_cannot_train_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        init(RandLoraConfig(r=4, target_modules=["up"], **fields), {"up": {"kernel": array(8, 12)}})
