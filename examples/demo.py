@@ -76,12 +76,13 @@ def main() -> None:
 
     say("3/5  from Flax to torch")
     torch_model = load_torch(folder)
-    effect = largest_difference(model, torch_model, data.held_out[0])
+    run.numbers["effect"] = largest_difference(model, torch_model, data.held_out[0])
     moved = interop.convert(model, to="torch")
     randlora_torch.load_adapter(torch_model, moved)
     run.numbers["difference"] = largest_difference(model, torch_model, data.held_out[0])
-    run.numbers["effect"] = effect
-    say(f"     largest logit difference {run.numbers['difference']:.2g}; the adapter changes logits by {effect:.2g}")
+    run.numbers["largest logit"] = float(np.abs(compiled_logits(model, data.held_out[0])).max())
+    say("     largest logit difference {difference:.2g}, of logits up to {largest logit:.3g}".format(**run.numbers))
+    say("     (the adapter itself changes them by up to {effect:.3g})".format(**run.numbers))
 
     say("4/5  going on in 4 bits")
     quantized = randlora_torch.load_adapter(load_nf4(folder), moved, is_trainable=True)
@@ -131,7 +132,7 @@ def load_data(options: argparse.Namespace, folder: Path) -> Data:
     if any(folder.glob("tokenizer*")):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encode = lambda string: tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731
-        tokens, decode = np.asarray(encode(raw.decode())), tokenizer.decode
+        tokens, decode = np.asarray(encode(raw.decode(errors="ignore"))), tokenizer.decode
     else:
         encode = lambda string: list(string.encode())  # noqa: E731
         tokens, decode = text.to_tokens(raw), lambda ids: bytes(ids).decode(errors="replace")

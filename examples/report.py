@@ -63,7 +63,8 @@ def write_report(path: Path, run: Run, *, adapter_folder: Path) -> None:
         *(f"| {name} | {counts.get(name, 'same adapter')} | {loss:.4f} |" for name, loss in run.held_out.items()),
         "",
         f"- Largest logit difference between Flax and torch, adapter trained in Flax: {run.numbers['difference']:.3g}"
-        f" (the adapter itself changes the logits by up to {run.numbers['effect']:.3g}).",
+        f" (logits reach {run.numbers['largest logit']:.3g};"
+        f" the adapter changes them by up to {run.numbers['effect']:.3g}).",
         f"- The same after going on in 4 bits, saved and loaded in both stacks: {run.numbers['difference after']:.3g}.",
         f"- Adapter folder in PEFT's format: {size:,d} bytes.",
         f"- The whole run took {run.numbers['seconds']:.0f} s.",

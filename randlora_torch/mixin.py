@@ -14,6 +14,7 @@ from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.files import save
 from randlora_torch.adapter import RandLoraAdapter
+from randlora_torch.bases import BufferDict
 from randlora_torch.layer import RandLoraLayer
 
 
@@ -31,10 +32,20 @@ class RandLoraMixin:
 
     Attributes:
         randlora_adapters: What is attached, by adapter name.
-        randlora_A, randlora_B: The bases by adapter name, shared by all adapted layers.
     """
 
     randlora_adapters: dict[str, AttachedAdapter]
+
+    # The bases are submodules of the layers only: as children of the model they would join an nn.Sequential's chain.
+    @property
+    def randlora_A(self) -> BufferDict:
+        """Bases (r, 1, min_dim) by adapter name, shared by all adapted layers."""
+        return next(iter(adapted_layers(self).values())).randlora_A
+
+    @property
+    def randlora_B(self) -> BufferDict:
+        """Bases (max_dim, n, r) by adapter name, shared by all adapted layers."""
+        return next(iter(adapted_layers(self).values())).randlora_B
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line on trainable parameters, and the bytes of the shared frozen bases."""

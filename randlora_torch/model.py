@@ -127,7 +127,7 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     }
     if fresh:
         model.requires_grad_(False)
-        model.randlora_A, model.randlora_B, model.randlora_adapters = basis_A, basis_B, {}
+        model.randlora_adapters = {}
         model.__class__ = type(f"RandLora{type(model).__name__}", (RandLoraMixin, type(model)), {})
         if _bnb() is not None:
             _bnb().protect_from_repacking(model)

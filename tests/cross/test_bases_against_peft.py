@@ -103,3 +103,12 @@ def test_where_peft_gets_nan_ours_raises_and_nowhere_else(kind, recipe):
             with pytest.raises(ValueError, match="so it cannot be normalized"):
                 make_bases(config, max_dim=max(sizes), min_dim=min(sizes), recipe=recipe)
     assert refused > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(4096, 4096), (11008, 4096), (4096, 14336)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bases_of_7b_and_8b_models_equal_those_of_peft_bit_for_bit(kind, sizes, recipe):
+    config = RandLoraConfig(r=32, projection_prng_key=2**40 + 3, **KINDS[kind])
+    ours = make_bases(config, max_dim=max(sizes), min_dim=min(sizes), recipe=recipe)
+    assert_same_bits(ours, pefts_bases(2**40 + 3, 32, sizes, **KINDS[kind]))

@@ -47,11 +47,29 @@ def test_the_two_stacks_agree_in_the_demo(finished):
     assert max(differences) < 1e-5
 
 
-def test_the_demo_takes_a_users_own_model_and_text(finished, tmp_path):
-    out, _ = finished
+def save_llama_with_a_tokenizer(folder, corpus):
+    """A model as a user has it: other sizes than the demo's own, and a tokenizer of its own."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([corpus], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained(folder)
+
+
+def test_the_demo_takes_a_users_own_model_tokenizer_and_text(tmp_path):
+    corpus = " ".join(f"sentence {i} of my own text, größer than the one before;" for i in range(900))
     (tmp_path / "text").mkdir()
-    (tmp_path / "text" / "mine.txt").write_text("my own text, once more; " * 300, encoding="utf-8")
-    run("--model", out / "base_model", "--text", tmp_path / "text", "--out", tmp_path / "out")
+    (tmp_path / "text" / "mine.txt").write_text(corpus, encoding="utf-8")
+    save_llama_with_a_tokenizer(tmp_path / "model", corpus)
+    run("--model", tmp_path / "model", "--text", tmp_path / "text", "--out", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
-    assert config["base_model_name_or_path"] == str(out / "base_model")
+    assert config["base_model_name_or_path"] == str(tmp_path / "model")
+    assert len(interop.load(tmp_path / "out" / "adapter").modules) == 7
     assert not (tmp_path / "out" / "base_model").exists()

@@ -649,3 +649,13 @@ def test_a_refused_layer_leaves_the_model_as_it_was():
     assert list(model.state_dict()) == keys
     assert type(model) is kind
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_sequential_model_computes_its_own_chain_only():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    x, names = torch.randn(4, 6), [name for name, _ in base.named_children()]
+    want = base(x)
+    model = get_peft_model(base, RandLoraConfig(r=4, target_modules="all-linear"))
+    assert [name for name, _ in model.named_children()] == names
+    torch.testing.assert_close(model(x), want)
