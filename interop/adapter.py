@@ -83,6 +83,7 @@ class Adapter:
             ValueError: the shape is unknown or does not fit, or the adapter has no bases.
         """
         shape = resolve_shape(self, module, shape)
+        assert self.bases is not None  # resolve_shape saw to it
         lam, gamma = (part.astype(np.float64) for part in self.factors[module])
         n, min_dim = gamma.shape
         A = self.bases.A[:, 0, :min_dim].astype(np.float64)
@@ -104,7 +105,7 @@ class Adapter:
         if missing:
             have = f"it has {len(shapes)} linear layers" + (f", such as {next(iter(shapes))!r}" if shapes else "")
             raise AdapterFormatError(bulleted(f"the model lacks these adapted layers ({have})", missing))
-        known = {name: tuple(shapes[name]) for name in self.factors}
+        known = {name: (int(out), int(inp)) for name in self.factors for out, inp in [shapes[name]]}
         expected = self.shapes or {}
         wrong = [
             f"{name}: the model has {shape}, the adapter was made for {expected[name]}"
@@ -137,15 +138,15 @@ def init_adapter(
         ValueError: `shapes` is empty, `init_weights=False` without `rng`, or the bases cannot be made.
     """
     bases = make_bases(config, **shared_dims(shapes.values())._asdict(), recipe=recipe)
-    if not config.init_weights and rng is None:
-        raise ValueError("init_weights=False draws lambda at random: pass rng=numpy.random.default_rng(seed).")
     factors = {}
     for name, shape in shapes.items():
         shape_lam, shape_gamma = factor_shapes(shape, config.r)
         if config.init_weights:
             lam, start = np.zeros(shape_lam, np.float32), 1 / max(shape_gamma)
-        else:
+        elif rng is not None:
             lam, start = rng.standard_normal(shape_lam, np.float32), 1 / max(shape)
+        else:
+            raise ValueError("init_weights=False draws lambda at random: pass rng=numpy.random.default_rng(seed).")
         factors[name] = Factors(lam, np.full(shape_gamma, start, np.float32))
     return Adapter(config=config, factors=factors, bases=bases, recipe=recipe, shapes=dict(shapes))
 
@@ -163,14 +164,14 @@ def resolve_shape(adapter: Any, module: str, shape: tuple[int, int] | None) -> t
     if adapter.bases is None:
         raise ValueError("this adapter has no bases yet: give it its model's layer shapes, adapter.bind(shapes).")
     recorded = dict(adapter.shapes or ()).get(module)
-    shape = recorded if shape is None else tuple(shape)
-    if shape is None:
+    if shape is None and recorded is None:
         raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
+    out, inp = recorded if shape is None else shape
     min_dim, max_dim = adapter.factors[module].gamma.shape[-1], adapter.bases.dims.max_dim
-    if min_dim != min(shape) or max(shape) > max_dim or shape != (recorded or shape):
+    if min_dim != min(out, inp) or max(out, inp) > max_dim or (out, inp) != (recorded or (out, inp)):
         limits = recorded or f"(out, in) with short side {min_dim}, long side at most {max_dim}"
-        raise ValueError(f"shape={shape} does not fit {module!r}: it must be {limits}.")
-    return shape
+        raise ValueError(f"shape={(out, inp)} does not fit {module!r}: it must be {limits}.")
+    return out, inp
 
 
 def _misfits(adapter: Adapter) -> Iterable[str]:
