@@ -164,9 +164,10 @@ def resolve_shape(adapter: Any, module: str, shape: tuple[int, int] | None) -> t
     if adapter.bases is None:
         raise ValueError("this adapter has no bases yet: give it its model's layer shapes, adapter.bind(shapes).")
     recorded = dict(adapter.shapes or ()).get(module)
-    if shape is None and recorded is None:
+    given = recorded if shape is None else shape
+    if given is None:
         raise ValueError(f"the shape of {module!r} is not recorded in this adapter: pass shape=(out, in).")
-    out, inp = recorded if shape is None else shape
+    out, inp = given
     min_dim, max_dim = adapter.factors[module].gamma.shape[-1], adapter.bases.dims.max_dim
     if min_dim != min(out, inp) or max(out, inp) > max_dim or (out, inp) != (recorded or (out, inp)):
         limits = recorded or f"(out, in) with short side {min_dim}, long side at most {max_dim}"
