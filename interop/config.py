@@ -85,6 +85,11 @@ class RandLoraConfig:
         """Whether the bases are ternary (`sparse` or `very_sparse`): then every recipe gives the same ones."""
         return self.sparse or self.very_sparse
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether PEFT trains the classification head along (`modules_to_save` or not) and expects it in files."""
+        return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them: lists for tuples, unknown fields merged back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "unknown_fields"}

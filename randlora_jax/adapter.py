@@ -19,7 +19,7 @@ from randlora_jax.layouts import Layout
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RandLoraAdapter:
     """A RandLoRA adapter (arXiv:2502.00987) on JAX arrays, keyed by module name, in torch's (out, in) coordinates.
 
@@ -50,7 +50,14 @@ class RandLoraAdapter:
         return self.factors
 
     def with_trainable(self, trainable: dict[str, Factors]) -> "RandLoraAdapter":
-        """This adapter with other factors, as they come out of an optax update or into a loss function."""
+        """This adapter with other factors, as they come out of an optax update or into a loss function.
+
+        Raises:
+            ValueError: the layers are not those of this adapter.
+        """
+        if set(trainable) != set(self.factors):
+            differing = sorted(set(trainable) ^ set(self.factors))
+            raise ValueError(f"trainable must hold the {len(self.factors)} adapted layers; these differ: {differing}.")
         return dataclasses.replace(self, factors=trainable)
 
     def with_layouts(self, layouts: Mapping[str, Layout]) -> "RandLoraAdapter":

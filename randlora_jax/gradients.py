@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from randlora_jax.scaling import compute_dtype, factor_grads, scale_bases
@@ -60,7 +61,11 @@ def delta_weight(
 
     Row `k*n + b` of the scaled A meets column `b*r + k` of B: the sum of arXiv:2502.00987 up to a fixed shuffle of
     random columns. Costs O(D n r d) time and a (D, d) result, in float32 or wider. Differentiable in lam and gamma.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
     """
+    _check_shapes(bases_A, bases_B, lam, gamma)
     return _delta_weight(bases_A, bases_B, lam, gamma, scaling)
 
 
@@ -119,8 +124,11 @@ def apply_delta(
     The result has the dtype of x; the products are computed in float32 or wider.
 
     Raises:
-        ValueError: (out_features, inputs) are not the long and short side of these bases.
+        ValueError: the shapes do not fit each other, or x is not floating point.
     """
+    _check_shapes(bases_A, bases_B, lam, gamma)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}: pass floating point inputs.")
     long, short = bases_B.shape[0], bases_A.shape[-1]
     if sorted((x.shape[-1], out_features)) != [short, long]:
         raise ValueError(
@@ -128,3 +136,13 @@ def apply_delta(
             " slice them with layer_bases(bases, (out, in))."
         )
     return _apply_delta(x, bases_A, bases_B, lam, gamma, x.shape[-1] == short, scaling)
+
+
+def _check_shapes(bases_A: Array, bases_B: Array, lam: Array, gamma: Array) -> None:
+    """Sizes of 1 would broadcast without a word."""
+    (r, d), (_, n, columns) = bases_A.shape, bases_B.shape
+    if columns != r or tuple(lam.shape) != (r, n) or tuple(gamma.shape) != (n, d):
+        raise ValueError(
+            f"bases A {tuple(bases_A.shape)} and B {tuple(bases_B.shape)} go with lambda {(r, n)} and gamma {(n, d)},"
+            f" not {tuple(lam.shape)} and {tuple(gamma.shape)}. See layer_bases and interop.shapes.factor_shapes."
+        )

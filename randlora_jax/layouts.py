@@ -66,6 +66,8 @@ _DEFAULTS = {"kernel": IN_OUT, "w": IN_OUT, "weight": OUT_IN}
 def path_parts(path: tuple[Any, ...]) -> tuple[str, ...]:
     """The parts of a pytree path as strings, without the "params" collection that linen puts first."""
     parts = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    if len(parts) > 1 and parts[-1] == "value" and parts[-2] in _DEFAULTS:  # nnx.State holds Variables
+        parts = parts[:-1]
     return parts[1:] if parts[:1] == ("params",) else parts
 
 

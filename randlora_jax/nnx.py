@@ -5,7 +5,7 @@ as it is, and each access computes the update inside whatever transformation it 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -19,7 +19,7 @@ from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import layer_bases
 from randlora_jax.gradients import delta_weight
 from randlora_jax.layouts import Layout, module_name
-from randlora_jax.params import Kernel, add_delta, find_kernels, new_adapter, on_kernels
+from randlora_jax.params import Kernel, Kernels, add_delta, find_kernels, new_adapter, on_kernels
 
 Model = TypeVar("Model", bound=nnx.Module)
 Source = RandLoraConfig | RandLoraAdapter | Adapter | str | os.PathLike[str]
@@ -60,7 +60,11 @@ class RandLoraWeight(nnx.Module):
         """The effective kernel W + dW, in W's dtype."""
         return add_delta(self.base[...], self.delta_weight(), self.static.kernel.layout)[index]
 
-    value = property(get_value)
+    def set_value(self, value: Any, **_: Any) -> None:
+        """Refused: W + dW is computed, not stored."""
+        raise ValueError("this kernel is adapted: detach(model) before writing to it, or write to its `.base`.")
+
+    value = property(get_value, set_value)
     shape = property(lambda self: self.base.shape)
     dtype = property(lambda self: self.base.dtype)
     ndim = property(lambda self: self.base.ndim)
@@ -68,12 +72,38 @@ class RandLoraWeight(nnx.Module):
     def __getitem__(self, index: Any) -> jax.Array:
         return self.get_value(index=index)
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.set_value(value)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.get_value())
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else an array has (`T`, `reshape`, `at`, ...), as nnx.Variable answers for its value."""
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.get_value(), name)
+
     def __jax_array__(self) -> jax.Array:
         return self.get_value()
 
     def astype(self, dtype: Any) -> jax.Array:
         """The effective kernel in another dtype."""
         return self.get_value().astype(dtype)
+
+
+def _on_value(operator: str) -> Callable[..., jax.Array]:
+    return lambda self, *operands: getattr(self.get_value(), operator)(*operands)
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        setattr(RandLoraWeight, _operator, _on_value(_operator))
+for _operator in ("__neg__", "__abs__"):
+    setattr(RandLoraWeight, _operator, _on_value(_operator))
 
 
 class Static(NamedTuple):
@@ -107,8 +137,10 @@ def attach(
     Raises:
         ValueError: the model has an adapter, a target matches nothing, the adapter was made for another model, or a
             new one asks for trained biases, modules_to_save or dropout.
-        TypeError: `config_or_adapter` is none of these.
+        TypeError: `model` is no NNX model, or `config_or_adapter` is none of these.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model is a {type(model).__name__}, not an nnx.Module: randlora_jax.init adapts pytrees.")
     if _attached(model):
         raise ValueError("the model already has an adapter attached: detach(model) first.")
     places = {place.parts: place for place in _params(model)}
@@ -116,13 +148,13 @@ def attach(
         axes = {module_name(parts): place.param.ndim for parts, place in places.items()}
         recorded = {name: layout for name, layout in config_or_adapter.layouts if axes.get(name) == layout.ndim}
         layouts = {**recorded, **(layouts or {})}
-    kernels, others = find_kernels([(parts, place.param) for parts, place in places.items()], layouts or {})
-    adapter = _resolve(config_or_adapter, kernels, others, recipe, rngs)
+    found = find_kernels([(parts, place.param) for parts, place in places.items()], layouts or {})
+    adapter = _resolve(config_or_adapter, found, recipe, rngs)
     basis_A, basis_B = map(RandLoraBasis, adapter.bases)
     for parts, place in places.items():
         name = module_name(parts)
-        if name in adapter.factors and name in kernels:
-            static = Static(adapter.config, kernels[name], adapter.recipe)
+        if name in adapter.factors and name in found.kernels:
+            static = Static(adapter.config, found.kernels[name], adapter.recipe)
             weight = RandLoraWeight(place.param, adapter.factors[name], basis_A, basis_B, static)
             setattr(place.owner, place.attribute, weight)
     return model
@@ -154,9 +186,9 @@ def detach(model: Model, *, merge: bool = False) -> Model:
     """
     _weights(model)
     for place in _attached(model):
-        if merge:
-            place.param.base[...] = place.param.get_value()
-        setattr(place.owner, place.attribute, place.param.base)
+        base = place.param.base
+        # A new Param, as the old one may be tied to a layer that the adapter does not belong to.
+        setattr(place.owner, place.attribute, base.replace(place.param.get_value()) if merge else base)
     return model
 
 
@@ -194,13 +226,11 @@ def _weights(model: nnx.Module) -> dict[str, RandLoraWeight]:
     return found
 
 
-def _resolve(
-    source: Source, kernels: Mapping[str, Kernel], others: list[str], recipe: str, rngs: nnx.Rngs | None
-) -> RandLoraAdapter:
+def _resolve(source: Source, found: Kernels, recipe: str, rngs: nnx.Rngs | None) -> RandLoraAdapter:
     """The adapter to attach, on the default device and checked against the kernels."""
     if isinstance(source, RandLoraConfig):
         key = None if rngs is None else rngs.params()
-        return new_adapter(source, kernels, others, recipe=recipe, key=key)
+        return new_adapter(source, found, recipe=recipe, key=key)
     if isinstance(source, str | os.PathLike):
         source = load(source)
     elif hasattr(source, "to_interop"):
@@ -209,4 +239,4 @@ def _resolve(
         raise TypeError(
             f"config_or_adapter is a {type(source).__name__}: pass a RandLoraConfig, an adapter, or an adapter folder."
         )
-    return on_kernels(source, kernels)
+    return on_kernels(source, found)

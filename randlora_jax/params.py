@@ -12,7 +12,7 @@ import numpy as np
 from interop.adapter import Adapter, init_adapter
 from interop.bases import DEFAULT_RECIPE
 from interop.config import RandLoraConfig
-from interop.errors import bulleted
+from interop.errors import AdapterFormatError, bulleted
 from interop.targets import resolve_targets
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.layouts import OUT_IN, Layout, default_layout, module_name, path_parts
@@ -51,8 +51,7 @@ def init(
             trained biases, modules_to_save or dropout.
     """
     leaves = [(path_parts(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
-    kernels, others = find_kernels(leaves, layouts or {})
-    return new_adapter(config, kernels, others, recipe=recipe, key=key)
+    return new_adapter(config, find_kernels(leaves, layouts or {}), recipe=recipe, key=key)
 
 
 def effective_params(params: Params, adapter: RandLoraAdapter) -> Params:
@@ -86,7 +85,7 @@ def count_trainable(adapter: RandLoraAdapter) -> int:
 def trainable_report(adapter: RandLoraAdapter, params: Any) -> str:
     """PEFT's line on trainable parameters, and the bytes of the shared frozen bases."""
     trainable = count_trainable(adapter)
-    total = trainable + sum(leaf.size for leaf in jax.tree.leaves(params))
+    total = trainable + sum(leaf.size for leaf in jax.tree.leaves(params) if hasattr(leaf, "size"))
     frozen = sum(array.nbytes for array in adapter.bases)
     return (
         f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
@@ -99,60 +98,93 @@ def print_trainable_parameters(adapter: RandLoraAdapter, params: Any) -> None:
     print(trainable_report(adapter, params))
 
 
-def find_kernels(
-    leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping[str, Layout]
-) -> tuple[dict[str, Kernel], list[str]]:
+class Kernels(NamedTuple):
+    """What `find_kernels` finds: kernels by dotted name, kernels whose layout is not known, and everything else."""
+
+    kernels: dict[str, Kernel]
+    unclear: list[str]
+    others: list[str]
+
+
+def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping[str, Layout]) -> Kernels:
     """Kernels that can be adapted, by dotted name, and the names of the other parameters.
 
     Args:
-        leaves: Path and array (anything with a shape) of each parameter.
+        leaves: Path and leaf of each parameter; what has no shape is left out.
         layouts: Layouts that do not follow from name and number of axes, by dotted name.
 
     Raises:
-        ValueError: `layouts` names a parameter that does not exist, or does not fit its shape.
+        ValueError: `layouts` names a parameter that does not exist, or does not fit its shape; or two parameters have
+            one name.
     """
-    kernels: dict[str, Kernel] = {}
-    others: list[str] = []
+    found = Kernels({}, [], [])
     for parts, leaf in leaves:
+        if not hasattr(leaf, "shape"):
+            continue
         name = module_name(parts)
         layout = layouts.get(name) or default_layout(parts, len(leaf.shape))
         if layout is None:
-            others.append(name)
-        elif name in kernels:
+            (found.unclear if parts[-1] in ("kernel", "w") and len(leaf.shape) > 2 else found.others).append(name)
+        elif name in found.kernels:
             raise ValueError(f"two parameters are called {name!r}, one of them by its leaf {parts[-1]!r}: rename one.")
         else:
-            kernels[name] = Kernel(layout, layout.torch_shape(leaf.shape))
-    unknown = sorted(set(layouts) - set(kernels))
+            found.kernels[name] = Kernel(layout, layout.torch_shape(leaf.shape))
+    unknown = sorted(set(layouts) - set(found.kernels))
     if unknown:
-        raise ValueError(f"layouts are given for {unknown}, which are no parameters. Names are {[*kernels, *others]}.")
-    return kernels, others
+        names = [*found.kernels, *found.unclear, *found.others]
+        raise ValueError(f"layouts are given for {unknown}, which are no parameters. Names are {names}.")
+    return found
 
 
-def new_adapter(
-    config: RandLoraConfig, kernels: Mapping[str, Kernel], others: list[str], *, recipe: str, key: jax.Array | None
-) -> RandLoraAdapter:
-    """A new adapter for those of `kernels` that the config selects; see `init`."""
+def new_adapter(config: RandLoraConfig, found: Kernels, *, recipe: str, key: jax.Array | None) -> RandLoraAdapter:
+    """A new adapter for those kernels that the config selects; see `init`."""
     unsupported = {"bias": "none", "modules_to_save": None, "randlora_dropout": 0}
     for name, only in unsupported.items():
         if getattr(config, name) != only:
             raise ValueError(
                 f"{name}={getattr(config, name)!r}: this stack trains with {name}={only!r} only. Set that."
             )
+    if config.trains_head:
+        raise ValueError(
+            f"task_type={config.task_type!r}: for it PEFT trains the classification head along and expects it in the"
+            " file, which this release does not do. Leave task_type=None."
+        )
     if not config.init_weights and key is None:
         raise ValueError("init_weights=False draws lambda at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
-    unclear = [name for name, kernel in kernels.items() if kernel.layout == OUT_IN]
-    if config.target_modules == "all-linear" and unclear:
+    shapes = {name: found.kernels[name].shape for name in _targets(config, found)}
+    return on_kernels(init_adapter(config, shapes, recipe=recipe, rng=_rng_from_key(key)), found)
+
+
+def _targets(config: RandLoraConfig, found: Kernels) -> tuple[str, ...]:
+    """Names of the kernels to adapt; what "all-linear" cannot judge is refused or named in a warning."""
+    all_linear = config.target_modules == "all-linear"
+    guesses = [name for name, kernel in found.kernels.items() if kernel.layout == OUT_IN]
+    if all_linear and guesses:
         raise ValueError(
             f"target_modules='all-linear' cannot tell layers from embeddings where both are called 'weight', as in"
-            f" {unclear[:4]}: name the layers to adapt."
+            f" {guesses[:4]}: name the layers to adapt."
         )
-    heads = [name for name in kernels if name.rsplit(".", 1)[-1] in OUTPUT_LAYERS]
-    targets = resolve_targets(config, list(kernels), output_layers=heads, other_modules=others)
-    shapes = {name: kernels[name].shape for name in targets}
-    return on_kernels(init_adapter(config, shapes, recipe=recipe, rng=_rng_from_key(key)), kernels)
+    heads = [name for name in found.kernels if name.rsplit(".", 1)[-1] in OUTPUT_LAYERS]
+    try:
+        targets = resolve_targets(config, list(found.kernels), output_layers=heads, other_modules=found.others)
+    except ValueError as error:
+        raise ValueError(f"{error}{_layout_hint(found.unclear)}") from error
+    if all_linear and found.unclear:
+        warnings.warn(
+            f"target_modules='all-linear' adapts {len(targets)} kernels.{_layout_hint(found.unclear)} A list of names"
+            " as target_modules silences this.",
+            stacklevel=5,
+        )
+    return targets
 
 
-def on_kernels(adapter: Adapter, kernels: Mapping[str, Kernel]) -> RandLoraAdapter:
+def _layout_hint(unclear: list[str]) -> str:
+    if not unclear:
+        return ""
+    return f" Kernels with more than two axes, such as {unclear[:4]}, need layouts={{name: Layout(in_axes, out_axes)}}."
+
+
+def on_kernels(adapter: Adapter, found: Kernels) -> RandLoraAdapter:
     """An adapter of the hub on the kernels of a model: checked against their shapes, their layouts recorded.
 
     Raises:
@@ -164,8 +196,11 @@ def on_kernels(adapter: Adapter, kernels: Mapping[str, Kernel]) -> RandLoraAdapt
             " it; dataclasses.replace(config, randlora_dropout=0.0) silences this.",
             stacklevel=3,
         )
-    bound = adapter.bind({name: kernel.shape for name, kernel in kernels.items()})
-    layouts = tuple((name, kernels[name].layout) for name in bound.modules)
+    try:
+        bound = adapter.bind({name: kernel.shape for name, kernel in found.kernels.items()})
+    except AdapterFormatError as error:
+        raise AdapterFormatError(f"{error}{_layout_hint(found.unclear)}") from error
+    layouts = tuple((name, found.kernels[name].layout) for name in bound.modules)
     return dataclasses.replace(RandLoraAdapter.from_interop(bound), layouts=layouts)
 
 
@@ -173,12 +208,16 @@ def _rng_from_key(key: jax.Array | None) -> np.random.Generator | None:
     """A numpy generator that is a function of a JAX key."""
     if key is None:
         return None
+    if not isinstance(key, jax.Array) or isinstance(key, jax.core.Tracer):
+        raise TypeError(f"key={key!r}: pass a concrete jax.random.key(0), outside of jit and other transformations.")
     data = key if jnp.issubdtype(key.dtype, jnp.integer) else jax.random.key_data(key)
     return np.random.default_rng(np.asarray(data).reshape(-1).tolist())
 
 
 def add_delta(kernel: jax.Array, delta: jax.Array, layout: Layout, combine: Callable = jnp.add) -> jax.Array:
     """Combine a kernel with an update in torch coordinates: computed in the wider dtype, returned in the kernel's."""
+    if not jnp.issubdtype(kernel.dtype, jnp.floating) or kernel.dtype.itemsize < 2:
+        raise ValueError(f"a kernel of dtype {kernel.dtype} cannot hold W + dW: dequantize it to float first.")
     update = layout.to_kernel(delta, kernel.shape)
     return combine(kernel.astype(jnp.promote_types(kernel.dtype, update.dtype)), update).astype(kernel.dtype)
 
@@ -191,7 +230,7 @@ def _map_adapted(params: Params, adapter: RandLoraAdapter, combine: Callable[[An
     def visit(path: tuple[Any, ...], leaf: Any) -> Any:
         parts = path_parts(path)
         name = module_name(parts)
-        layout = layouts.get(name) or default_layout(parts, jnp.ndim(leaf))
+        layout = layouts.get(name) or default_layout(parts, len(getattr(leaf, "shape", ())))
         names.append(name)
         if name not in adapter.factors or layout is None:
             return leaf

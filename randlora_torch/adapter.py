@@ -78,8 +78,8 @@ class RandLoraAdapter:
         return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
 
     def to_interop(self) -> Adapter:
-        """The same numbers in numpy."""
-        factors = {name: Factors(*map(to_numpy, pair)) for name, pair in self.factors.items()}
+        """The same numbers in numpy; the factors are copies, which further training does not change."""
+        factors = {name: Factors(*(to_numpy(part).copy() for part in pair)) for name, pair in self.factors.items()}
         bases = Bases(*map(to_numpy, self.bases))
         return Adapter(config=self.config, factors=factors, bases=bases, recipe=self.recipe, shapes=self.shapes)
 

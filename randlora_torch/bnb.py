@@ -24,6 +24,8 @@ class Linear4bit(RandLoraLayer):
     def __init__(self, base_layer: Base4bit, *args, **kwargs) -> None:
         super().__init__(base_layer, *args, **kwargs)
         self._before_merge: Params4bit | None = None
+        if base_layer.weight.quant_state is None:
+            raise ValueError("the 4-bit layer is not quantized yet: move the model to its device first (model.to).")
         blocksize = base_layer.weight.quant_state.blocksize
         on_cpu = base_layer.weight.device.type == "cpu"
         if on_cpu and self.in_features % 16 == 0 and self.in_features % blocksize and blocksize < 2048:

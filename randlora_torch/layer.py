@@ -83,7 +83,8 @@ class RandLoraLayer(nn.Module, abc.ABC):
         """Add an adapter with PEFT's starting values; its bases must be in `randlora_A` and `randlora_B` already."""
         shape_lam, shape_gamma = factor_shapes((self.out_features, self.in_features), r)
         self.r[adapter_name], self.scaling[adapter_name] = r, randlora_alpha / r
-        self.randlora_dropout[adapter_name] = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
+        dropout = nn.Dropout(randlora_dropout) if randlora_dropout else nn.Identity()
+        self.randlora_dropout[adapter_name] = dropout.train(self.training)
         start = 1 / max(shape_gamma) if init_weights else 1 / max(self.out_features, self.in_features)
         lam = torch.zeros(shape_lam) if init_weights else torch.randn(shape_lam)
         self.set_factors(adapter_name, Factors(lam, torch.full(shape_gamma, start)))
@@ -116,6 +117,16 @@ class RandLoraLayer(nn.Module, abc.ABC):
         return delta if self.out_features >= self.in_features else delta.T
 
     @property
+    def weight(self) -> Tensor:
+        """The base weight, for code that reads it instead of calling the layer; see `Linear.weight`."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base bias."""
+        return self.base_layer.bias
+
+    @property
     def merged(self) -> bool:
         """Whether any adapter is merged into the base weight."""
         return bool(self.merged_adapters)
@@ -123,17 +134,21 @@ class RandLoraLayer(nn.Module, abc.ABC):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the update of each active adapter that is not merged, in the dtype of the base output."""
         result = self.base_layer(x, *args, **kwargs)
-        for name in self.active_adapters if not self.disable_adapters else ():
-            if name in self.randlora_lambda and name not in self.merged_adapters:
-                update = apply_delta(
-                    self.randlora_dropout[name](x),
-                    *self._bases(name),
-                    *self.factors(name),
-                    out_features=self.out_features,
-                    scaling=self.scaling[name],
-                )
-                result = result + update.to(result.dtype)
+        for name in self._applied():
+            update = apply_delta(
+                self.randlora_dropout[name](x),
+                *self._bases(name),
+                *self.factors(name),
+                out_features=self.out_features,
+                scaling=self.scaling[name],
+            )
+            result = result + update.to(result.dtype)
         return result
+
+    def _applied(self) -> list[str]:
+        """The adapters that forward adds: active, on this layer, and not merged."""
+        active = () if self.disable_adapters else self.active_adapters
+        return [name for name in active if name in self.randlora_lambda and name not in self.merged_adapters]
 
     def merge(self, safe_merge: bool = False, adapter_names: Iterable[str] | None = None) -> None:
         """Add the update of the given adapters (default: the active ones) to the base weight.
@@ -156,6 +171,7 @@ class RandLoraLayer(nn.Module, abc.ABC):
 
     def _to_merge(self, adapter_names: Iterable[str] | None) -> list[str]:
         names = self.active_adapters if adapter_names is None else adapter_names
+        names = dict.fromkeys(names)  # a name given twice is merged once
         return [name for name in names if name in self.randlora_lambda and name not in self.merged_adapters]
 
     @torch.no_grad()
@@ -187,7 +203,26 @@ class RandLoraLayer(nn.Module, abc.ABC):
 
 
 class Linear(RandLoraLayer):
-    """RandLoRA on `nn.Linear` or on transformers' `Conv1D`, whose weight is stored (in, out)."""
+    """RandLoRA on `nn.Linear` or on transformers' `Conv1D`, whose weight is stored (in, out).
+
+    Merging changes the weight in place, unless it is tied to another layer's: then this layer gets a weight of its own
+    until it is unmerged.
+    """
+
+    tied = False
+    _tied_weight: nn.Parameter | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that the layer computes with, W + dW, for code that reads it instead of calling the layer."""
+        names = self._applied()
+        if not names:
+            return self.base_layer.weight
+        weight = self._read_weight() + sum(self.get_delta_weight(name) for name in names)
+        return self._stored(weight).to(self._weight_dtype())
+
+    def _stored(self, weight: Tensor) -> Tensor:
+        return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     def _read_weight(self) -> Tensor:
         weight = self.base_layer.weight.to(torch.promote_types(self.base_layer.weight.dtype, torch.float32))
@@ -197,8 +232,23 @@ class Linear(RandLoraLayer):
         return self.base_layer.weight.dtype
 
     def _write_weight(self, weight: Tensor) -> None:
-        stored = weight.T if isinstance(self.base_layer, Conv1D) else weight
-        self.base_layer.weight.data.copy_(stored)
+        if "weight" not in self.base_layer._parameters:
+            raise ValueError(
+                "the base weight is computed by a parametrization (weight_norm, pruning, ...), so nothing can be merged"
+                " into it. Call torch.nn.utils.parametrize.remove_parametrizations first, or do not merge."
+            )
+        if self.tied and self._tied_weight is None:
+            self._tied_weight = self.base_layer.weight
+            stored = self._stored(weight).to(self._weight_dtype()).contiguous()
+            self.base_layer.weight = nn.Parameter(stored, requires_grad=False)
+        else:
+            self.base_layer.weight.data.copy_(self._stored(weight))
+
+    def _restore_weight(self, delta: Tensor) -> None:
+        if self._tied_weight is None:
+            super()._restore_weight(delta)
+        else:
+            self.base_layer.weight, self._tied_weight = self._tied_weight, None
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,6 +37,9 @@ class RandLoraMixin:
 
     randlora_adapters: dict[str, AttachedAdapter]
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (type(self).__mro__[2],), self.__dict__
+
     # The bases are submodules of the layers only: as children of the model they would join an nn.Sequential's chain.
     @property
     def randlora_A(self) -> BufferDict:
@@ -55,15 +59,19 @@ class RandLoraMixin:
         self,
         save_directory: str | os.PathLike[str],
         *,
-        selected_adapters: Iterable[str] | None = None,
+        selected_adapters: str | Iterable[str] | None = None,
         is_main_process: bool = True,
+        safe_serialization: bool = True,
     ) -> None:
         """Write the adapters in PEFT's format: "default" into the folder, others into sub-folders of their names.
 
         Raises:
-            ValueError: an adapter in `selected_adapters` is not attached, or cannot be saved (see `interop.save`).
+            ValueError: an adapter in `selected_adapters` is not attached, or cannot be saved (see `interop.save`), or
+                `safe_serialization` is False.
         """
-        names = list(self.randlora_adapters if selected_adapters is None else selected_adapters)
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle: only safetensors files are written.")
+        names = list(self.randlora_adapters) if selected_adapters is None else _names(selected_adapters)
         adapters = {name: extract(self, name).to_interop() for name in names}
         for name, adapter in adapters.items() if is_main_process else ():
             save(adapter, Path(save_directory) if name == "default" else Path(save_directory) / name)
@@ -72,11 +80,14 @@ class RandLoraMixin:
         """Make these adapters the active ones: they are applied, and their factors train.
 
         Raises:
-            ValueError: one of them is not attached.
+            ValueError: one of them is not attached, or another one is merged into the base weights.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = _names(adapter_name)
         for name in names:
             find_attached(self, name)
+        merged = {name for layer in adapted_layers(self).values() for name in layer.merged_adapters} - set(names)
+        if merged:
+            raise ValueError(f"adapters {sorted(merged)} are merged into the base weights: unmerge_adapter() first.")
         for layer in adapted_layers(self).values():
             layer.active_adapters = list(names)
             for name in layer.randlora_lambda:
@@ -87,26 +98,32 @@ class RandLoraMixin:
     def disable_adapter(self) -> Iterator[None]:
         """Within this context the model computes as the base model does, also if adapters are merged."""
         layers = adapted_layers(self).values()
-        merged = [list(layer.merged_adapters) for layer in layers]
+        before = [(layer.disable_adapters, list(layer.merged_adapters)) for layer in layers]
         for layer in layers:
             layer.unmerge()
             layer.disable_adapters = True
         try:
             yield
         finally:
-            for layer, names in zip(layers, merged, strict=True):
-                layer.disable_adapters = False
-                layer.merge(adapter_names=names)
+            for layer, (disabled, merged) in zip(layers, before, strict=True):
+                layer.disable_adapters = disabled
+                layer.merge(adapter_names=merged)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+    def merge_adapter(self, adapter_names: str | list[str] | None = None, safe_merge: bool = False) -> None:
         """Add the update of the given adapters (default: the active ones) to the base weights.
 
         Raises:
-            ValueError: an adapter is not attached; or, with `safe_merge`, a merged weight would not be finite.
+            ValueError: an adapter is not attached, adapters are disabled, a base weight cannot be written, or, with
+                `safe_merge`, would not be finite. Nothing is merged then.
         """
+        adapter_names = None if adapter_names is None else _names(adapter_names)
         for name in adapter_names or ():
             find_attached(self, name)
         layers = adapted_layers(self)
+        for name, layer in layers.items():
+            if layer.disable_adapters or "weight" not in layer.base_layer._parameters:
+                reason = "adapters are disabled" if layer.disable_adapters else "its weight is parametrized"
+                raise ValueError(f"nothing can be merged into {name}: {reason}.")
         for name, layer in layers.items() if safe_merge else ():  # all are checked before the first is changed
             layer.check_merge(adapter_names, name)
         for layer in layers.values():
@@ -116,6 +133,26 @@ class RandLoraMixin:
         """Take all merged adapters out of the base weights again."""
         for layer in adapted_layers(self).values():
             layer.unmerge()
+
+
+def _names(names: str | Iterable[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(dict.fromkeys(names))
+
+
+@functools.cache
+def adapted_class(kind: type) -> type:
+    """The subclass that an adapted model of this class becomes; it goes by the name of the class itself.
+
+    Libraries look classes up by name (transformers' output recorders do), so the name must not change.
+    """
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (RandLoraMixin, kind), names)
+
+
+def _rebuild(kind: type) -> nn.Module:
+    """An empty adapted model, for pickle and deepcopy to fill."""
+    adapted = adapted_class(kind)
+    return adapted.__new__(adapted)
 
 
 def extract(model: nn.Module, adapter_name: str | None = None) -> RandLoraAdapter:

@@ -4,6 +4,7 @@ As torch's `fully_shard` does, the model's class is swapped for a subclass of it
 `isinstance(model, PreTrainedModel)` still holds and `model.save_pretrained` writes the adapter.
 """
 
+import collections
 import dataclasses
 import importlib
 import os
@@ -25,7 +26,7 @@ from interop.targets import resolve_targets
 from randlora_torch.adapter import RandLoraAdapter
 from randlora_torch.bases import BufferDict, to_torch
 from randlora_torch.layer import Linear, RandLoraLayer, layer_shape
-from randlora_torch.mixin import AttachedAdapter, RandLoraMixin, adapted_layers
+from randlora_torch.mixin import AttachedAdapter, RandLoraMixin, adapted_class, adapted_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 Source = Adapter | RandLoraAdapter | str | os.PathLike[str]
@@ -47,7 +48,7 @@ def get_peft_model(
             for trained biases or modules_to_save, which this release cannot train.
     """
     layers, others = _adaptable_layers(model)
-    heads = _output_heads(model, config, layers)
+    heads = _output_heads(model, layers)
     targets = resolve_targets(config, list(layers), output_layers=heads, other_modules=others)
     shapes = {name: layer_shape(layers[name]) for name in targets}
     rng = None if config.init_weights else np.random.default_rng(int(torch.randint(2**62, ())))
@@ -103,10 +104,10 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     """Put an adapter, bound to the model, on its layers, and make the model a `RandLoraMixin`."""
     config = adapter.config
     taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict, BufferDict))
-    if not adapter_name or "." in adapter_name or taken:
+    if not adapter_name or any(mark in adapter_name for mark in "./\\\0") or taken:
         raise ValueError(
-            f"adapter_name={adapter_name!r}: must be a non-empty name without dots that is no attribute of torch's"
-            " containers, such as 'keys'. Choose another."
+            f"adapter_name={adapter_name!r}: must be a non-empty name without dots and slashes that is no attribute of"
+            " torch's containers, such as 'keys'. Choose another."
         )
     if adapter_name in getattr(model, "randlora_adapters", {}):
         raise ValueError(f"adapter_name={adapter_name!r} is taken: the model has {list(model.randlora_adapters)}.")
@@ -115,11 +116,18 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
             f"bias={config.bias!r}, modules_to_save={config.modules_to_save}: this release trains lambda and gamma"
             " only. Use bias='none' and modules_to_save=None."
         )
+    if config.trains_head:
+        raise ValueError(
+            f"task_type={config.task_type!r}: for it PEFT trains the classification head along and expects it in the"
+            " file, which this release does not do. Leave task_type=None."
+        )
     fresh = not isinstance(model, RandLoraMixin)
     basis_A, basis_B = (BufferDict(), BufferDict()) if fresh else (model.randlora_A, model.randlora_B)
     options = (config.r, config.randlora_alpha, config.randlora_dropout)
     layers = {name: model.get_submodule(name) for name in adapter.modules}
     # Whatever can fail comes before the model is touched.
+    _check_attachable(model, layers, fresh)
+    swapped = adapted_class(type(model)) if fresh else type(model)
     created = {
         name: _layer_kind(layer, name)(layer, adapter_name, basis_A, basis_B, *options)
         for name, layer in layers.items()
@@ -128,20 +136,41 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     if fresh:
         model.requires_grad_(False)
         model.randlora_adapters = {}
-        model.__class__ = type(f"RandLora{type(model).__name__}", (RandLoraMixin, type(model)), {})
+        model.__class__ = swapped
         if _bnb() is not None:
             _bnb().protect_from_repacking(model)
+    aliases: dict[int, list[str]] = collections.defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases[id(module)].append(name)
+    owners = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    tied = {key for key, count in owners.items() if count > 1}
     device = _base_layer(layers[adapter.modules[0]]).weight.device
     basis_A[adapter_name], basis_B[adapter_name] = (to_torch(basis).to(device) for basis in adapter.bases)
     active = next((layer.active_adapters for layer in adapted_layers(model).values()), [adapter_name])
     for name, factors in adapter.factors.items():
         if name in created:
             created[name].active_adapters = list(active)
-            model.set_submodule(name, created[name].train(model.training))
+            created[name].tied = id(layers[name].weight) in tied
+            for alias in aliases[id(layers[name])]:
+                model.set_submodule(alias, created[name].train(model.training))
         else:
             layers[name].update_layer(adapter_name, *options)
         model.get_submodule(name).set_factors(adapter_name, Factors(*map(to_torch, factors)))
     model.randlora_adapters[adapter_name] = AttachedAdapter(config, adapter.recipe, adapter.modules)
+
+
+def _check_attachable(model: nn.Module, layers: dict[str, nn.Module], fresh: bool) -> None:
+    if fresh and adapted_layers(model):
+        raise ValueError(
+            f"a part of this model, with {next(iter(adapted_layers(model)))!r}, carries adapters already: attach to"
+            " that part, or load its adapter on a model that has none."
+        )
+    on_meta = [name for name, layer in layers.items() if _base_layer(layer).weight.device.type == "meta"]
+    if on_meta:
+        raise ValueError(
+            f"the weights of {on_meta[:4]} are on the meta device (not loaded, or offloaded): load them first, an"
+            " adapter on them would compute nothing."
+        )
 
 
 def _base_layer(layer: nn.Module) -> nn.Module:
@@ -171,17 +200,25 @@ def _adaptable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]
             continue
         if isinstance(module, RandLoraLayer):
             layers[name], inside = module.base_layer, f"{name}."
-        elif isinstance(module, nn.Linear | Conv1D) and type(module) is not NonDynamicallyQuantizableLinear and name:
+        elif name and _is_linear(module):
             layers[name] = module
-        else:  # nn.MultiheadAttention reads the weight of its NonDynamicallyQuantizableLinear without calling it
+        else:
             others.append(name)
     return layers, others
 
 
-def _output_heads(model: nn.Module, config: RandLoraConfig, layers: dict[str, nn.Module]) -> list[str]:
-    """What "all-linear" leaves out: the output embedding or, for sequence classification, the classifier."""
+def _is_linear(module: nn.Module) -> bool:
+    """Whether the module computes `x @ W.T + b`, and nothing else, when it is called."""
+    bnb = _bnb()
+    if bnb is not None and isinstance(module, bnb.Base4bit | bnb.Base8bit):
+        return True
+    if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention reads its weight, uncalled
+        return False
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def _output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
+    """What "all-linear" leaves out: the output embedding."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
-    if head is None and config.task_type == "SEQ_CLS":
-        head = getattr(model, "score", None) or getattr(model, "classifier", None)
     return [name for name, layer in layers.items() if layer is head]

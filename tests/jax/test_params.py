@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen
+from stacks import without_type_checks
 from tolerances import TOLERANCE
 
 import interop
@@ -17,8 +18,10 @@ from randlora_jax import (
     Layout,
     RandLoraAdapter,
     count_trainable,
+    delta_weight,
     effective_params,
     init,
+    layer_bases,
     merge,
     print_trainable_parameters,
     unmerge,
@@ -442,3 +445,43 @@ def test_an_adapter_from_torch_finds_a_3d_kernel_once_it_knows_the_layout():
 def test_what_this_stack_cannot_train_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         init(RandLoraConfig(r=4, target_modules=["up"], **fields), {"up": {"kernel": array(8, 12)}})
+
+
+def test_leaves_that_are_no_arrays_are_left_alone():
+    params = {"up": {"kernel": array(8, 12)}, "act": jax.nn.relu, "step": 3}
+    adapter = init(config("up"), params)
+    assert adapter.modules == ("up",)
+    assert effective_params(params, adapter)["act"] is jax.nn.relu
+
+
+def test_an_nnx_state_is_a_pytree_like_any_other():
+    from flax import nnx
+
+    model = nnx.Sequential(nnx.Linear(8, 12, rngs=nnx.Rngs(0)))
+    state = nnx.state(model, nnx.Param)
+    adapter = trained(init(config("layers.0"), state))
+    got = effective_params(state, adapter)["layers"][0]["kernel"][...]
+    want = state["layers"][0]["kernel"][...] + adapter.delta_weight("layers.0").T
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+
+
+def test_a_kernel_of_integers_is_refused():
+    params = {"up": {"kernel": jnp.ones((8, 12), jnp.int8)}}
+    with pytest.raises(ValueError, match=r"a kernel of dtype int8 cannot hold W \+ dW: dequantize it to float first"):
+        effective_params(params, init(config("up"), params))
+
+
+def test_trainables_of_other_layers_are_refused():
+    adapter = init(config("up"), {"up": {"kernel": array(8, 12)}})
+    with pytest.raises(ValueError, match=r"trainable must hold the 1 adapted layers; these differ: \['up'\]"):
+        adapter.with_trainable({})
+    lam, gamma = adapter.trainable["up"]
+    with pytest.raises(ValueError, match=r"go with lambda \(\d+, \d+\) and gamma \(\d+, 8\), not \(\d+, 1\) and"):
+        with without_type_checks():
+            delta_weight(*layer_bases(adapter.bases, (12, 8)), lam[:, :1], gamma, scaling=1.0)
+
+
+def test_a_key_must_be_concrete():
+    params = {"up": {"kernel": array(8, 12)}}
+    with pytest.raises(TypeError, match=r"pass a concrete jax\.random\.key\(0\), outside of jit"):
+        jax.jit(lambda key: init(config("up", init_weights=False), params, key=key))(jax.random.key(0))

@@ -136,7 +136,7 @@ def test_attaching_keeps_the_object_its_class_its_layers_names_and_its_output(ki
     assert isinstance(model, before)
     assert isinstance(model, RandLoraMixin)
     assert isinstance(model, PreTrainedModel) == (kind != "MLP")
-    assert type(model).__name__ == f"RandLora{before.__name__}"
+    assert type(model).__name__ == f"{before.__name__}"
     layers = layers_of(model)
     assert len(layers) == count
     assert all(type(layer) is Linear and type(layer.base_layer) is base_kind for _, layer in layers)
