@@ -60,11 +60,12 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     run = Run(trainable={}, curves={}, held_out={}, numbers={}, samples=[])
 
+    raw = text.read_text(options.text) if options.text else text.source_code()
     say("1/5  base model")
     folder = Path(options.model) if options.model else out / "base_model"
     if not options.model:
         base_model.train_base(folder, steps=options.base_steps)
-    data = load_data(options, folder)
+    data = load_data(raw, options, folder)
 
     say("2/5  fine-tuning in Flax")
     run.held_out["base model"] = jax_loss(load_llama(folder), data.held_out)
@@ -126,9 +127,8 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def load_data(options: argparse.Namespace, folder: Path) -> Data:
+def load_data(raw: bytes, options: argparse.Namespace, folder: Path) -> Data:
     """Tokens of the text: by the model's tokenizer if its folder has one, else one per byte."""
-    raw = text.read_text(options.text) if options.text else text.source_code()
     if any(folder.glob("tokenizer*")):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         encode = lambda string: tokenizer(string, add_special_tokens=False, verbose=False)["input_ids"]  # noqa: E731

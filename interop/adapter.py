@@ -180,6 +180,8 @@ def _misfits(adapter: Adapter) -> Iterable[str]:
     r, shapes = adapter.config.r, adapter.shapes
     if not adapter.factors:
         yield "it adapts no layer"
+    if "" in adapter.factors:
+        yield "a layer has an empty name; the file has no place for it (is the model itself a layer? wrap it)"
     if shapes is not None and set(shapes) != set(adapter.factors):
         yield f"{sorted(set(shapes) ^ set(adapter.factors))} have factors or a shape, but not both"
     parts = {

@@ -78,7 +78,7 @@ def make_bases(config: RandLoraConfig, *, max_dim: int, min_dim: int, recipe: st
     stream = _TorchStream(config.projection_prng_key)
     shape_A, shape_B = bases_shapes(Dims(max_dim, min_dim), config.r)
     if config.ternary:
-        sparsity = math.sqrt(min_dim) if config.very_sparse else 3
+        sparsity = _sparsity(config, min_dim)
         A = _draw_ternary(stream, shape_A, sparsity)
         B = _draw_ternary(stream, shape_B, sparsity)
     else:
@@ -111,18 +111,34 @@ def identify_recipe(config: RandLoraConfig, bases: Bases) -> str | None:
         return None
 
 
+def recipe_gives_A(config: RandLoraConfig, bases: Bases, recipe: str | None) -> bool:
+    """Whether the seed of `config` gives this A under the recipe; A is drawn first and small, so this is quick."""
+    if recipe is None:
+        return False
+    stream, shape = _TorchStream(config.projection_prng_key), bases.A.shape
+    min_dim = bases.dims.min_dim
+    if config.ternary:
+        drawn = _draw_ternary(stream, shape, _sparsity(config, min_dim))
+    else:
+        drawn = _draw_uniform(stream, bases.A.size, fan=min_dim, recipe=_RECIPES[recipe]).reshape(shape)
+    try:
+        return _same_values(_normalize("A", drawn, config, min_dim), bases.A)
+    except ValueError:  # this seed's own basis cannot be normalized, so it did not make this one
+        return False
+
+
 def _search_recipes(config: RandLoraConfig, bases: Bases) -> str | None:
-    for recipe, kind in _RECIPES.items():
-        # A is drawn first and is small: it tells whether generating all of B is worth the time.
-        if not config.ternary:
-            stream = _TorchStream(config.projection_prng_key)
-            first = _draw_uniform(stream, bases.A.size, fan=bases.dims.min_dim, recipe=kind)
-            if not _same_values(_normalize("A", first, config, bases.dims.min_dim), bases.A.reshape(-1)):
-                continue
-        made = make_bases(config, **bases.dims._asdict(), recipe=recipe)
-        if _same_values(made.A, bases.A) and _same_values(made.B, bases.B):
-            return recipe
+    for recipe in _RECIPES:
+        if recipe_gives_A(config, bases, recipe):  # worth the time to draw all of B
+            made = make_bases(config, **bases.dims._asdict(), recipe=recipe)
+            if _same_values(made.B, bases.B):
+                return recipe
     return None
+
+
+def _sparsity(config: RandLoraConfig, min_dim: int) -> float:
+    """Inverse of the density of ternary bases."""
+    return math.sqrt(min_dim) if config.very_sparse else 3
 
 
 def _same_values(a: np.ndarray, b: np.ndarray) -> bool:

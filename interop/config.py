@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import numbers
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -68,6 +69,8 @@ class RandLoraConfig:
         """Normalize name lists to tuples, then check every field."""
         for name in _NAME_LISTS:
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
+        for name in ("r", "projection_prng_key", "randlora_alpha", "randlora_dropout"):
+            object.__setattr__(self, name, _as_python_number(getattr(self, name)))
         _check_types(self)
         _check_values(self)
 
@@ -128,6 +131,13 @@ def _as_tuple(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return tuple(sorted(value))
     return tuple(value) if isinstance(value, list) else value
+
+
+def _as_python_number(value: Any) -> Any:
+    """Numbers of numpy and the like become Python's, which JSON can hold."""
+    if isinstance(value, bool | int | float) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _is_int(value: Any) -> bool:

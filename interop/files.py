@@ -18,16 +18,25 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from interop.adapter import Adapter, Factors
-from interop.bases import DEFAULT_RECIPE, RECIPES, Bases, bases_digest, identify_recipe, make_bases
+from interop.bases import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    Bases,
+    bases_digest,
+    identify_recipe,
+    make_bases,
+    recipe_gives_A,
+)
 from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
+from interop.shapes import shared_dims
 from interop.tensorfile import DTYPES, safetensors_parts, write_atomically
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 
-_KEY = re.compile(r"base_model\.(?:model\.(?P<module>.+)\.)?randlora_(?P<part>lambda|gamma|A|B)")
+_KEY = re.compile(r"(?s)base_model\.(?:model\.(?P<module>.+)\.)?randlora_(?P<part>lambda|gamma|A|B)")
 
 
 def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Adapter:
@@ -89,6 +98,10 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     if with_bases and adapter.bases is not None:
         tensors["base_model.randlora_A"], tensors["base_model.randlora_B"] = adapter.bases
     directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise NotADirectoryError(
+            f"{directory} is a file: pass the folder to write {CONFIG_NAME} and {WEIGHTS_NAME} to."
+        )
     directory.mkdir(parents=True, exist_ok=True)
     metadata = {"format": "pt", "randlora": json.dumps(_notes(adapter), sort_keys=True)}
     write_atomically(
@@ -125,7 +138,7 @@ def _existing(directory: Path, name: str) -> Path:
 
 def _read_config(path: Path) -> RandLoraConfig:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
         if not isinstance(fields, dict):
             raise ValueError(f"holds a JSON {type(fields).__name__}, not an object")
         return RandLoraConfig.from_dict(fields)
@@ -163,9 +176,10 @@ def _pair(shape: Any) -> Any:
 
 def _notes(adapter: Adapter) -> dict[str, Any]:
     dims = None if adapter.bases is None else adapter.bases.dims
+    rebuilt = adapter.bases is None or recipe_gives_A(adapter.config, adapter.bases, adapter.recipe)
     return {
         "format_version": FORMAT_VERSION,
-        "recipe": adapter.recipe,
+        "recipe": adapter.recipe if rebuilt else None,  # bases that were changed since have none
         "bases_sha256": None if adapter.bases is None else bases_digest(adapter.bases),
         "max_dim": dims and dims.max_dim,
         "min_dim": dims and dims.min_dim,
@@ -270,9 +284,11 @@ def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapt
     """Rebuild the bases if the file says how; else leave them to the model, whose layers size them."""
     if notes.get("recipe") and notes.get("max_dim") and notes.get("min_dim"):
         dims = {name: notes[name] for name in ("max_dim", "min_dim")}
+        if adapter.shapes and shared_dims(adapter.shapes.values())._asdict() != dims:
+            raise AdapterFormatError(f"its notes contradict each other: {dims} does not follow from the shapes.")
         try:
             bases = make_bases(adapter.config, **dims, recipe=notes["recipe"])
-        except ValueError as error:
+        except (ValueError, MemoryError) as error:
             raise AdapterFormatError(f"its bases cannot be rebuilt: {error}") from error
         _check_digest(bases, notes, "The seed or r in adapter_config.json was changed.")
         return dataclasses.replace(adapter, bases=bases)

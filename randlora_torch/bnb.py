@@ -23,7 +23,7 @@ class Linear4bit(RandLoraLayer):
 
     def __init__(self, base_layer: Base4bit, *args, **kwargs) -> None:
         super().__init__(base_layer, *args, **kwargs)
-        self._before_merge: Params4bit | None = None
+        self._before_merge: tuple[Params4bit] | None = None  # in a tuple, so that it is no parameter of this module
         if base_layer.weight.quant_state is None:
             raise ValueError("the 4-bit layer is not quantized yet: move the model to its device first (model.to).")
         blocksize = base_layer.weight.quant_state.blocksize
@@ -43,7 +43,7 @@ class Linear4bit(RandLoraLayer):
 
     def _write_weight(self, weight: Tensor) -> None:
         old = self.base_layer.weight
-        self._before_merge = self._before_merge if self._before_merge is not None else old
+        self._before_merge = self._before_merge or (old,)
         state = old.quant_state
         unpacked = Params4bit(
             weight.to(self._weight_dtype()),
@@ -57,9 +57,8 @@ class Linear4bit(RandLoraLayer):
         self.base_layer.weight = unpacked.to(old.device)  # moving to a device is what quantizes
 
     def _restore_weight(self, delta: Tensor) -> None:
-        self.base_layer.weight = self._before_merge
-        self.base_layer.quant_state = self._before_merge.quant_state
-        self._before_merge = None
+        (self.base_layer.weight,), self._before_merge = self._before_merge, None
+        self.base_layer.quant_state = self.base_layer.weight.quant_state
 
 
 def dequantize_4bit(weight: Params4bit) -> Tensor:

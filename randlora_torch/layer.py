@@ -210,7 +210,7 @@ class Linear(RandLoraLayer):
     """
 
     tied = False
-    _tied_weight: nn.Parameter | None = None
+    _tied_weight: tuple[nn.Parameter] | None = None  # in a tuple, so that it is no parameter of this module
 
     @property
     def weight(self) -> Tensor:
@@ -238,7 +238,7 @@ class Linear(RandLoraLayer):
                 " into it. Call torch.nn.utils.parametrize.remove_parametrizations first, or do not merge."
             )
         if self.tied and self._tied_weight is None:
-            self._tied_weight = self.base_layer.weight
+            self._tied_weight = (self.base_layer.weight,)
             stored = self._stored(weight).to(self._weight_dtype()).contiguous()
             self.base_layer.weight = nn.Parameter(stored, requires_grad=False)
         else:
@@ -248,7 +248,7 @@ class Linear(RandLoraLayer):
         if self._tied_weight is None:
             super()._restore_weight(delta)
         else:
-            self.base_layer.weight, self._tied_weight = self._tied_weight, None
+            (self.base_layer.weight,), self._tied_weight = self._tied_weight, None
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int]:
