@@ -88,10 +88,17 @@ class RandLoraConfig:
         """Whether the bases are ternary (`sparse` or `very_sparse`): then every recipe gives the same ones."""
         return self.sparse or self.very_sparse
 
-    @property
-    def trains_head(self) -> bool:
-        """Whether PEFT trains the classification head along (`modules_to_save` or not) and expects it in files."""
-        return self.task_type in ("SEQ_CLS", "TOKEN_CLS")
+    def require_no_head(self) -> None:
+        """Refuse the task types for which PEFT trains the classification head, whatever `modules_to_save` says.
+
+        Raises:
+            ValueError: `task_type` is one of them.
+        """
+        if self.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+            raise ValueError(
+                f"task_type={self.task_type!r}: for it PEFT trains the classification head along and expects it in the"
+                " file, which this release does not do. Leave task_type=None."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them: lists for tuples, unknown fields merged back."""

@@ -3,7 +3,7 @@
 Everything here follows from a layer's (out, in) shape and the rank r alone, so it is computed here and nowhere else.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -54,3 +54,21 @@ def count_trainable(shape: tuple[int, int], r: int) -> int:
     [624, 336, 192, 160]
     """
     return sum(rows * columns for rows, columns in factor_shapes(shape, r))
+
+
+def check_factor_shapes(
+    bases_A: Sequence[int], bases_B: Sequence[int], lam: Sequence[int], gamma: Sequence[int]
+) -> None:
+    """Check that one layer's A (r, d), B (D, n, r), lambda (r, n) and gamma (n, d) go together.
+
+    Sizes of 1 would broadcast without a word.
+
+    Raises:
+        ValueError: they do not.
+    """
+    (r, d), (_, n, columns) = bases_A, bases_B
+    if columns != r or tuple(lam) != (r, n) or tuple(gamma) != (n, d):
+        raise ValueError(
+            f"bases A {tuple(bases_A)} and B {tuple(bases_B)} go with lambda {(r, n)} and gamma {(n, d)},"
+            f" not {tuple(lam)} and {tuple(gamma)}. See layer_bases and interop.shapes.factor_shapes."
+        )

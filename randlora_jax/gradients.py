@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from interop.shapes import check_factor_shapes
 from randlora_jax.scaling import compute_dtype, factor_grads, scale_bases
 
 
@@ -65,7 +66,7 @@ def delta_weight(
     Raises:
         ValueError: the shapes do not fit each other.
     """
-    _check_shapes(bases_A, bases_B, lam, gamma)
+    check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
     return _delta_weight(bases_A, bases_B, lam, gamma, scaling)
 
 
@@ -126,7 +127,7 @@ def apply_delta(
     Raises:
         ValueError: the shapes do not fit each other, or x is not floating point.
     """
-    _check_shapes(bases_A, bases_B, lam, gamma)
+    check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}: pass floating point inputs.")
     long, short = bases_B.shape[0], bases_A.shape[-1]
@@ -136,13 +137,3 @@ def apply_delta(
             " slice them with layer_bases(bases, (out, in))."
         )
     return _apply_delta(x, bases_A, bases_B, lam, gamma, x.shape[-1] == short, scaling)
-
-
-def _check_shapes(bases_A: Array, bases_B: Array, lam: Array, gamma: Array) -> None:
-    """Sizes of 1 would broadcast without a word."""
-    (r, d), (_, n, columns) = bases_A.shape, bases_B.shape
-    if columns != r or tuple(lam.shape) != (r, n) or tuple(gamma.shape) != (n, d):
-        raise ValueError(
-            f"bases A {tuple(bases_A.shape)} and B {tuple(bases_B.shape)} go with lambda {(r, n)} and gamma {(n, d)},"
-            f" not {tuple(lam.shape)} and {tuple(gamma.shape)}. See layer_bases and interop.shapes.factor_shapes."
-        )

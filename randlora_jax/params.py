@@ -144,11 +144,7 @@ def new_adapter(config: RandLoraConfig, found: Kernels, *, recipe: str, key: jax
             raise ValueError(
                 f"{name}={getattr(config, name)!r}: this stack trains with {name}={only!r} only. Set that."
             )
-    if config.trains_head:
-        raise ValueError(
-            f"task_type={config.task_type!r}: for it PEFT trains the classification head along and expects it in the"
-            " file, which this release does not do. Leave task_type=None."
-        )
+    config.require_no_head()
     if not config.init_weights and key is None:
         raise ValueError("init_weights=False draws lambda at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
     shapes = {name: found.kernels[name].shape for name in _targets(config, found)}

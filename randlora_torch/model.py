@@ -103,24 +103,7 @@ def load_adapter(
 def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
     """Put an adapter, bound to the model, on its layers, and make the model a `RandLoraMixin`."""
     config = adapter.config
-    taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict, BufferDict))
-    if not adapter_name or any(mark in adapter_name for mark in "./\\\0") or taken:
-        raise ValueError(
-            f"adapter_name={adapter_name!r}: must be a non-empty name without dots and slashes that is no attribute of"
-            " torch's containers, such as 'keys'. Choose another."
-        )
-    if adapter_name in getattr(model, "randlora_adapters", {}):
-        raise ValueError(f"adapter_name={adapter_name!r} is taken: the model has {list(model.randlora_adapters)}.")
-    if config.bias != "none" or config.modules_to_save:
-        raise ValueError(
-            f"bias={config.bias!r}, modules_to_save={config.modules_to_save}: this release trains lambda and gamma"
-            " only. Use bias='none' and modules_to_save=None."
-        )
-    if config.trains_head:
-        raise ValueError(
-            f"task_type={config.task_type!r}: for it PEFT trains the classification head along and expects it in the"
-            " file, which this release does not do. Leave task_type=None."
-        )
+    _check_request(model, config, adapter_name)
     fresh = not isinstance(model, RandLoraMixin)
     basis_A, basis_B = (BufferDict(), BufferDict()) if fresh else (model.randlora_A, model.randlora_B)
     options = (config.r, config.randlora_alpha, config.randlora_dropout)
@@ -157,6 +140,24 @@ def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
             layers[name].update_layer(adapter_name, *options)
         model.get_submodule(name).set_factors(adapter_name, Factors(*map(to_torch, factors)))
     model.randlora_adapters[adapter_name] = AttachedAdapter(config, adapter.recipe, adapter.modules)
+
+
+def _check_request(model: nn.Module, config: RandLoraConfig, adapter_name: str) -> None:
+    """Whether this release can attach such an adapter under this name."""
+    taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict, BufferDict))
+    if not adapter_name or any(mark in adapter_name for mark in "./\\\0") or taken:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: must be a non-empty name without dots and slashes that is no attribute of"
+            " torch's containers, such as 'keys'. Choose another."
+        )
+    if adapter_name in getattr(model, "randlora_adapters", {}):
+        raise ValueError(f"adapter_name={adapter_name!r} is taken: the model has {list(model.randlora_adapters)}.")
+    if config.bias != "none" or config.modules_to_save:
+        raise ValueError(
+            f"bias={config.bias!r}, modules_to_save={config.modules_to_save}: this release trains lambda and gamma"
+            " only. Use bias='none' and modules_to_save=None."
+        )
+    config.require_no_head()
 
 
 def _check_attachable(model: nn.Module, layers: dict[str, nn.Module], fresh: bool) -> None:
