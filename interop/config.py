@@ -3,12 +3,16 @@
 import dataclasses
 import json
 import numbers
+import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 SEED_MIN, SEED_MAX = -(2**63), 2**64 - 1  # what torch's CPU generator accepts
 BIAS_CHOICES = ("none", "all", "randlora_only")
+# The heads that PEFT trains in full for a task type, whatever `modules_to_save` says.
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,15 +93,15 @@ class RandLoraConfig:
         return self.sparse or self.very_sparse
 
     def require_no_head(self) -> None:
-        """Refuse the task types for which PEFT trains the classification head, whatever `modules_to_save` says.
+        """Refuse the task types for which PEFT trains the head, whatever `modules_to_save` says.
 
         Raises:
             ValueError: `task_type` is one of them.
         """
-        if self.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        if self.task_type in HEADS:
             raise ValueError(
-                f"task_type={self.task_type!r}: for it PEFT trains the classification head along and expects it in the"
-                " file, which this release does not do. Leave task_type=None."
+                f"task_type={self.task_type!r}: for it PEFT trains the head {' or '.join(HEADS[self.task_type])} along"
+                " and expects it in the file, which is not done here. Leave task_type=None."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -111,6 +115,21 @@ class RandLoraConfig:
     def to_json(self) -> str:
         """The text of `adapter_config.json`, formatted as PEFT writes it (sorted keys, two spaces)."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | os.PathLike[str]) -> "RandLoraConfig":
+        """Read the `adapter_config.json` of a folder, whether the folder holds weights or not.
+
+        Raises:
+            FileNotFoundError: the folder has no such file.
+            TypeError, ValueError: see `from_dict`; or the file is no JSON.
+        """
+        return cls.from_dict(json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8-sig")))
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write `adapter_config.json` into a folder; an adapter is saved whole by `interop.save`."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        (Path(directory) / "adapter_config.json").write_text(self.to_json(), encoding="utf-8")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "RandLoraConfig":

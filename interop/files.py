@@ -1,8 +1,8 @@
-"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read strictly and written atomically.
+"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read strictly and replaced as one.
 
 Keys are `base_model.model.<module>.randlora_lambda|gamma`, and for the bases `base_model.randlora_A|B` (one copy, as
 PEFT's main branch writes it) or a copy per layer (PEFT <= 0.21.2), which must then all be equal. What PEFT does not
-record (recipe, shapes, SHA-256 of the bases) stands as JSON under `randlora` in the safetensors metadata.
+record (recipe, shapes, SHA-256 of bases and config) stands as JSON under `randlora` in the safetensors metadata.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from interop.adapter import Adapter, Factors
 from interop.bases import (
@@ -29,11 +29,11 @@ from interop.bases import (
 )
 from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
+from interop.folder import CONFIG_HASH, CONFIG_NAME, WEIGHTS_NAME, ConfigFile, digest, open_pair, replace_pair
 from interop.shapes import shared_dims
-from interop.tensorfile import DTYPES, safetensors_parts, write_atomically
+from interop.targets import EMBEDDINGS, in_modules
+from interop.tensorfile import DTYPES, safetensors_parts
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT_VERSION = 1
 
 _KEY = re.compile(r"(?s)base_model\.(?:model\.(?P<module>.+)\.)?randlora_(?P<part>lambda|gamma|A|B)")
@@ -41,6 +41,9 @@ _KEY = re.compile(r"(?s)base_model\.(?:model\.(?P<module>.+)\.)?randlora_(?P<par
 
 def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Adapter:
     """Read an adapter folder written by us or by PEFT. Nothing in it is ignored and nothing is executed.
+
+    After a save that was killed, and while another process saves, this gives the old adapter or the new one, never a
+    mixture. The folder is only read: the next `save` cleans up what a killed one left.
 
     Args:
         directory: The folder with `adapter_config.json` and `adapter_model.safetensors`.
@@ -50,14 +53,15 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
     Raises:
         FileNotFoundError: the folder or one of its two files does not exist.
         AdapterFormatError: the content is malformed, incomplete, has left-over tensors, or contradicts itself.
+        OSError: another process saves there again and again, without a moment's rest.
     """
     directory = Path(directory)
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is not known: choose one of {list(RECIPES)}.")
-    config = _read_config(_existing(directory, CONFIG_NAME))
-    path = _existing(directory, WEIGHTS_NAME)
+    path = directory / WEIGHTS_NAME
     try:
-        with safe_open(path, framework="numpy") as file:
+        with open_pair(directory) as (file, found):
+            config = _parse_config(found)
             factors, bases, saved_weights = _read_tensors(path, file, config)
             notes = _read_notes(path, file.metadata() or {})
     except SafetensorError as error:
@@ -73,12 +77,15 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
 def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     """Write an adapter as PEFT's two files, with one copy of the bases or, if `save_projection=False`, none.
 
-    The same adapter always gives the same bytes. Each file is written beside its place and moved there when both are
-    complete, so that a crash never leaves half a file. Where the config says "all-linear" or `exclude_modules`, the
-    file names the adapted layers instead, so that PEFT, which reads those otherwise, adapts the same ones.
+    The same adapter always gives the same bytes. The two files replace those of an earlier save as one: whatever
+    happens, even `kill -9`, `load` finds the old adapter or the new one. PEFT does, too, except that a kill between two
+    renames leaves it no adapter_config.json, until the next save. Where the config says "all-linear" or
+    `exclude_modules`, the file names the adapted layers instead, so that PEFT, which reads those otherwise, adapts the
+    same ones.
 
     Raises:
         ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet.
+        OSError: a file cannot be written, or another process saved there at once and no lock could prevent it.
     """
     with_bases = adapter.config.save_projection
     if with_bases and adapter.bases is None:
@@ -103,13 +110,10 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
             f"{directory} is a file: pass the folder to write {CONFIG_NAME} and {WEIGHTS_NAME} to."
         )
     directory.mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", "randlora": json.dumps(_notes(adapter), sort_keys=True)}
-    write_atomically(
-        {
-            directory / WEIGHTS_NAME: safetensors_parts(tensors, metadata),
-            directory / CONFIG_NAME: [_config_on_disk(adapter).to_json().encode()],
-        }
-    )
+    config = _config_on_disk(adapter).to_json().encode()
+    notes = {**_notes(adapter), CONFIG_HASH: digest(config)}
+    metadata = {"format": "pt", "randlora": json.dumps(notes, sort_keys=True)}
+    replace_pair(directory, config, safetensors_parts(tensors, metadata))
 
 
 def _config_on_disk(adapter: Adapter) -> RandLoraConfig:
@@ -120,30 +124,14 @@ def _config_on_disk(adapter: Adapter) -> RandLoraConfig:
     return dataclasses.replace(config, target_modules=adapter.modules, **nothing)
 
 
-def _existing(directory: Path, name: str) -> Path:
-    path = directory / name
-    if path.is_file():
-        return path
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory} is not a folder. Pass the folder that holds {CONFIG_NAME}.")
-    if name == WEIGHTS_NAME and (directory / "adapter_model.bin").exists():
-        raise AdapterFormatError(
-            f"{directory} holds adapter_model.bin, a pickle, which can run code when it is read. Load it with PEFT and"
-            " write it again with model.save_pretrained(folder, safe_serialization=True)."
-        )
-    inside = sorted(child.name for child in directory.iterdir() if (child / CONFIG_NAME).is_file())
-    hint = f" Its sub-folders {inside} do: PEFT writes one per adapter name." if inside else ""
-    raise FileNotFoundError(f"{directory} holds no {name}.{hint}")
-
-
-def _read_config(path: Path) -> RandLoraConfig:
+def _parse_config(file: ConfigFile) -> RandLoraConfig:
     try:
-        fields = json.loads(path.read_text(encoding="utf-8-sig"))
+        fields = json.loads(file.content.decode("utf-8-sig"))
         if not isinstance(fields, dict):
             raise ValueError(f"holds a JSON {type(fields).__name__}, not an object")
         return RandLoraConfig.from_dict(fields)
     except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterFormatError(f"{path} is not a valid RandLoRA config: {error}") from error
+        raise AdapterFormatError(f"{file.path} is not a valid RandLoRA config: {error}") from error
 
 
 def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -160,9 +148,9 @@ def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
             )
         sizes = [notes[name] for name in ("max_dim", "min_dim") if notes.get(name) is not None]
         sizes += [size for shape in (notes.get("shapes") or {}).values() for size in _pair(shape)]
-        texts = [notes[name] for name in ("recipe", "bases_sha256") if notes.get(name) is not None]
+        texts = [notes[name] for name in ("recipe", "bases_sha256", CONFIG_HASH) if notes.get(name) is not None]
         if not all(type(size) is int and size > 0 for size in sizes) or not all(type(text) is str for text in texts):
-            raise TypeError("sizes must be positive integers, recipe and bases_sha256 strings")
+            raise TypeError("sizes must be positive integers, the recipe and SHA-256 sums strings")
         return notes
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterFormatError(f"{path}: the metadata entry 'randlora' is malformed ({error!r}).") from error
@@ -235,10 +223,10 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _accounted_for(key: str, config: RandLoraConfig) -> bool:
     """Whether a tensor that is not RandLoRA's own is one that PEFT saves for this config."""
-    segments = key.split(".")
-    if config.bias != "none" and segments[-1] == "bias":
+    *path, last = key.removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
+    if (config.bias != "none" and last == "bias") or (path and path[-1] in EMBEDDINGS):
         return True
-    return any(f".{name}." in f".{key}" for name in config.modules_to_save or ())
+    return in_modules(".".join(path), config.modules_to_save)
 
 
 def _assemble(

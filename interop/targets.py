@@ -7,6 +7,30 @@ from collections.abc import Callable, Iterable, Sequence
 from interop.config import RandLoraConfig
 
 MAX_LISTED = 20
+EMBEDDINGS = ("embed_tokens", "lm_head")  # whose base weights PEFT saves along if they are targeted or resized
+
+# What target_modules=None means, by the model_type of a transformers config: PEFT 0.21.2's table for RandLoRA.
+_ATTENTION = ("q_proj", "v_proj")
+_FUSED = ("query_key_value",)
+DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
+    **dict.fromkeys(("llama", "llama4", "mistral", "mixtral", "qwen2", "qwen3", "stablelm"), _ATTENTION),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "opt", "gptj", "gpt_neo", "bart"), _ATTENTION),
+    **dict.fromkeys(("bloom", "gpt_neox", "chatglm", "RefinedWebModel", "RefinedWeb", "falcon"), _FUSED),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "electra", "layoutlm"), ("query", "value")),
+    **dict.fromkeys(("t5", "mt5"), ("q", "v")),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn",)),
+    "blip-2": ("q", "v", "q_proj", "v_proj"),
+    "btlm": ("c_proj", "c_attn"),
+    "codegen": ("qkv_proj",),
+    "deberta": ("in_proj",),
+    "deberta-v2": ("query_proj", "value_proj"),
+    "gemma4": r".*language_model\..*\.(q_proj|v_proj)",
+    "mpt": ("Wqkv",),
+    "nemotron_h": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "phi": ("q_proj", "v_proj", "fc1", "fc2"),
+    "rwkv": ("key", "value", "receptance", "output"),
+    "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
+}
 
 
 def resolve_targets(
@@ -40,8 +64,7 @@ def resolve_targets(
         chosen = [name for name in layers if name not in heads]
     else:
         chosen = _select("target_modules", wanted, layers, others)
-    saved = config.modules_to_save or ()
-    excluded = {name for name in chosen if any(f".{module}." in f".{name}." for module in saved)}
+    excluded = {name for name in chosen if in_modules(name, config.modules_to_save)}
     if config.exclude_modules:
         excluded.update(_select("exclude_modules", config.exclude_modules, layers, others))
     chosen = _restrict_to_layers(config, [name for name in chosen if name not in excluded])
@@ -52,6 +75,18 @@ def resolve_targets(
             f" leaves no layer to adapt. {_listing(layers)}"
         )
     return tuple(chosen)
+
+
+def in_modules(name: str, entries: Iterable[str] | None) -> bool:
+    """Whether something lies in a module that an entry of `modules_to_save` means: by PEFT, any name that ends so."""
+    parts = name.split(".")
+    ends = tuple(entries or ())
+    return bool(ends) and any(".".join(parts[:k]).endswith(ends) for k in range(1, len(parts) + 1))
+
+
+def default_targets(model_type: str | None) -> str | tuple[str, ...] | None:
+    """What `target_modules=None` means for a transformers model, or None if nothing is known of it."""
+    return DEFAULT_TARGETS.get(model_type or "")
 
 
 def _matcher(entry: str, *, regex: bool) -> Callable[[str], bool]:

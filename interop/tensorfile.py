@@ -1,15 +1,12 @@
-"""Writing safetensors files: the same bytes for the same tensors, and never half a file.
+"""The bytes of a safetensors file: the same for the same tensors.
 
 The safetensors library orders metadata at random, so equal adapters would give unequal files. Its README specifies the
 format: u64 header length, JSON header padded with spaces to 8 bytes, tensors without gaps, widest dtype first.
 """
 
 import json
-import os
 import struct
-import tempfile
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -34,32 +31,3 @@ def safetensors_parts(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
     text += b" " * (-len(text) % 8)
     buffers = [np.ascontiguousarray(tensors[key]).reshape(-1).view(np.uint8).data for key in order]
     return [struct.pack("<Q", len(text)), text, *buffers]
-
-
-def write_atomically(files: Mapping[Path, Iterable[Any]]) -> None:
-    """Write the buffers of all files beside their places, then move them there one right after the other.
-
-    A crash while writing leaves every old file as it was, and no partial file in its place.
-    """
-    partial: dict[Path, str] = {}
-    try:
-        for path, parts in files.items():
-            handle, partial[path] = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "wb") as file:
-                for part in parts:
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(partial[path], 0o666 & ~_umask())  # mkstemp makes private files; an adapter is an ordinary one
-        for path in files:
-            os.replace(partial[path], path)
-            del partial[path]
-    finally:
-        for name in partial.values():
-            os.unlink(name)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

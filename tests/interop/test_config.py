@@ -169,3 +169,11 @@ def test_a_config_is_frozen_and_hashable_with_dicts_inside():
 @pytest.mark.parametrize(("r", "alpha", "scaling"), [(32, 640, 20.0), (4, 640, 160.0), (3, 1, 1 / 3), (5, -2.5, -0.5)])
 def test_scaling_is_alpha_over_r(r, alpha, scaling):
     assert RandLoraConfig(r=r, randlora_alpha=alpha).scaling == scaling
+
+
+def test_a_config_is_written_to_a_folder_and_read_back(tmp_path):
+    config = RandLoraConfig(r=3, target_modules=["a", "b"], sparse=True, unknown_fields={"later": 1})
+    config.save_pretrained(tmp_path / "new")
+    assert RandLoraConfig.from_pretrained(tmp_path / "new") == config
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json"):
+        RandLoraConfig.from_pretrained(tmp_path)
