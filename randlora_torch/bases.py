@@ -1,7 +1,7 @@
 """The frozen bases as torch tensors: made by `interop`, stored once per adapter, sliced per layer."""
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -48,41 +48,75 @@ def layer_bases(bases: Bases, shape: tuple[int, int]) -> LayerBases:
     return LayerBases(bases.A[:, 0, : min(shape)], bases.B[: max(shape), :n])
 
 
-class BufferDict(nn.Module):
-    """Tensors by adapter name, shared by all layers that hold this module; never part of a state dict.
+class BufferDict(nn.Module, MutableMapping[str, Tensor]):
+    """Frozen tensors by adapter name, shared by all layers that hold this module: one copy of each per device.
 
-    Moving the model moves them, once; converting the model to another dtype does not convert them, because rounded
-    bases are other bases.
+    They are no buffers in torch's sense: they join no state dict, are not broadcast by DistributedDataParallel nor
+    sharded by FSDP, and follow a move of the model to another device, but never a change of dtype (rounded bases are
+    other bases) nor a move to the meta device (the data would be lost). Names may share a tensor.
     """
 
-    def __init__(self, tensors: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
-        for name, tensor in (tensors or {}).items():
-            self[name] = tensor
+        self._tensors: dict[str, Tensor] = dict(tensors or {})
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+
+    def on(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The tensor on a device and in a dtype; a copy is made the first time it is asked for, and kept."""
+        tensor = self._tensors[name]
+        if tensor.device == device and tensor.dtype == dtype:
+            return tensor
+        if device.type == "meta":
+            return tensor.to(device, dtype)
+        if (name, device, dtype) not in self._copies:
+            twins = (key for key in self._copies if key[1:] == (device, dtype) and self._tensors[key[0]] is tensor)
+            twin = next(twins, None)
+            with torch.inference_mode(False):  # a copy made while serving must also serve training
+                copy = self._copies[twin] if twin else tensor.to(device, dtype)
+            self._copies[name, device, dtype] = copy
+        return self._copies[name, device, dtype]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._buffers[name]
+        return self._tensors[name]
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self.register_buffer(name, tensor, persistent=False)
+        self._drop_copies(name)
+        self._tensors[name] = tensor
 
     def __delitem__(self, name: str) -> None:
-        del self._buffers[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._buffers
+        del self._tensors[name]
+        self._drop_copies(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._buffers)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._buffers)
+        return len(self._tensors)
+
+    __hash__ = nn.Module.__hash__  # a module is itself, not its content
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all distinct tensors held, copies included."""
+        return sum({id(tensor): tensor.nbytes for tensor in (*self._tensors.values(), *self._copies.values())}.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_copies": {}}
+
+    def _drop_copies(self, name: str) -> None:
+        self._copies = {key: copy for key, copy in self._copies.items() if key[0] != name}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BufferDict":
-        """Follow a change of device (`model.to`, `.cuda`), not one of dtype (`.half`, `.bfloat16`)."""
-        moved = {}
-        for name, buffer in self._buffers.items():
-            changed = fn(buffer)
-            moved[name] = changed if changed.dtype == buffer.dtype else buffer.to(changed.device)
-        self._buffers.update(moved)
+        """Follow a change of device (`model.to`, `.cuda`); `fn` itself (`.half`, `to_empty`) might destroy the data."""
+        moved: dict[int, Tensor] = {}
+        for tensor in self._tensors.values():
+            device = fn(tensor.new_empty(0)).device
+            stays = device.type == "meta" or device == tensor.device
+            moved.setdefault(id(tensor), tensor if stays else tensor.to(device))
+        if any(moved[id(tensor)] is not tensor for tensor in self._tensors.values()):
+            self._tensors = {name: moved[id(tensor)] for name, tensor in self._tensors.items()}
+            self._copies = {}
         return self

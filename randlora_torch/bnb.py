@@ -1,41 +1,85 @@
 """RandLoRA on bitsandbytes layers: the only module that knows bitsandbytes."""
 
 import copy
+import logging
+from typing import Any
 
 import bitsandbytes
 import torch
+from bitsandbytes.nn import Int8Params, Params4bit
 from bitsandbytes.nn import Linear4bit as Base4bit
-from bitsandbytes.nn import Linear8bitLt as Base8bit  # noqa: F401  (named by randlora_torch.model)
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear8bitLt as Base8bit
 from torch import Tensor, nn
 
 from randlora_torch.layer import RandLoraLayer
 
+logger = logging.getLogger(__name__)
 
-class Linear4bit(RandLoraLayer):
-    """RandLoRA on a 4-bit layer. Merging requantizes with the base's own settings; unmerging restores its very bytes.
 
-    The packed weight is kept aside while an adapter is merged: half a byte per weight.
+class Linear8bitLt(RandLoraLayer):
+    """RandLoRA on an LLM.int8() layer. Merging requantizes row by row; the int8 weight before it can be kept.
 
     Raises:
-        ValueError: bitsandbytes' CPU kernels compute this shape wrongly.
+        ValueError: the layer is not quantized (`has_fp16_weights=True`, or not moved to its device yet).
     """
 
-    def __init__(self, base_layer: Base4bit, *args, **kwargs) -> None:
+    def __init__(self, base_layer: Base8bit, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
-        self._before_merge: tuple[Params4bit] | None = None  # in a tuple, so that it is no parameter of this module
-        if base_layer.weight.quant_state is None:
-            raise ValueError("the 4-bit layer is not quantized yet: move the model to its device first (model.to).")
-        blocksize = base_layer.weight.quant_state.blocksize
-        on_cpu = base_layer.weight.device.type == "cpu"
-        if on_cpu and self.in_features % 16 == 0 and self.in_features % blocksize and blocksize < 2048:
+        if base_layer.weight.device.type != "meta" and base_layer.weight.dtype != torch.int8:
             raise ValueError(
-                f"in_features={self.in_features} is a multiple of 16 but not of the 4-bit blocksize {blocksize}:"
-                " bitsandbytes' AVX512 kernel dequantizes such layers wrongly on CPU. Leave this layer out of the"
-                " quantization, or run on a GPU."
+                "the 8-bit layer is not quantized: load it with has_fp16_weights=False and move the model to its"
+                " device first (model.to)."
             )
 
+    def _codes(self) -> tuple[Tensor, Tensor]:
+        """The int8 weight (out, in) and its row scales (out,), wherever bitsandbytes holds them at the moment."""
+        weight, state = self.base_layer.weight, self.base_layer.state
+        scales = weight.SCB if weight.SCB is not None else state.SCB
+        return weight.data, scales.to(weight.device)
+
     def _read_weight(self) -> Tensor:
+        codes, scales = self._codes()
+        return codes.float() * (scales.float() * (1 / 127))[:, None]
+
+    def _weight_dtype(self) -> torch.dtype:
+        return torch.float16  # what bitsandbytes quantizes from
+
+    def _write_weight(self, weight: Tensor) -> None:
+        codes, scales, _ = bitsandbytes.functional.int8_vectorwise_quant(weight.to(self._weight_dtype()).contiguous())
+        self._put_back((codes, scales))
+
+    def _current(self) -> tuple[Tensor, Tensor]:
+        return self._codes()
+
+    def _put_back(self, kept: tuple[Tensor, Tensor]) -> None:
+        codes, scales = (part.to(self.base_layer.weight.device) for part in kept)
+        self.base_layer.state.reset_grads()  # it holds the codes and scales of the weight before
+        self.base_layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
+
+
+class Linear4bit(RandLoraLayer):
+    """RandLoRA on a 4-bit layer. Merging requantizes with the base's own settings; the packed weight can be kept.
+
+    Raises:
+        ValueError: the layer is not quantized yet, or bitsandbytes' CPU kernels compute its shape wrongly.
+    """
+
+    def __init__(self, base_layer: Base4bit, *args: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, *args, **kwargs)
+        device = base_layer.weight.device.type
+        if device != "meta":
+            if base_layer.weight.quant_state is None:
+                raise ValueError("the 4-bit layer is not quantized yet: move the model to its device first (model.to).")
+            if device == "cpu":
+                _check_cpu_kernels(self.in_features, base_layer.weight.quant_state.blocksize)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `RandLoraLayer.forward`. Before it, the base weight is brought into the one packing that trains."""
+        keep_packing(self.base_layer)
+        return super().forward(x, *args, **kwargs)
+
+    def _read_weight(self) -> Tensor:
+        keep_packing(self.base_layer)
         return dequantize_4bit(self.base_layer.weight).float()
 
     def _weight_dtype(self) -> torch.dtype:
@@ -43,7 +87,6 @@ class Linear4bit(RandLoraLayer):
 
     def _write_weight(self, weight: Tensor) -> None:
         old = self.base_layer.weight
-        self._before_merge = self._before_merge or (old,)
         state = old.quant_state
         unpacked = Params4bit(
             weight.to(self._weight_dtype()),
@@ -56,9 +99,22 @@ class Linear4bit(RandLoraLayer):
         )
         self.base_layer.weight = unpacked.to(old.device)  # moving to a device is what quantizes
 
-    def _restore_weight(self, delta: Tensor) -> None:
-        (self.base_layer.weight,), self._before_merge = self._before_merge, None
+    def _current(self) -> tuple[Params4bit]:
+        return (self.base_layer.weight,)
+
+    def _put_back(self, kept: tuple[Params4bit]) -> None:
+        (weight,), device = kept, self.base_layer.weight.device
+        self.base_layer.weight = weight if weight.device == device else weight.to(device)
         self.base_layer.quant_state = self.base_layer.weight.quant_state
+
+
+def _check_cpu_kernels(in_features: int, blocksize: int) -> None:
+    if in_features % 16 == 0 and in_features % blocksize and blocksize < 2048:
+        raise ValueError(
+            f"in_features={in_features} is a multiple of 16 but not of the 4-bit blocksize {blocksize}: bitsandbytes'"
+            " AVX512 kernel dequantizes such layers wrongly on CPU. Leave this layer out of the quantization, or run on"
+            " a GPU."
+        )
 
 
 def dequantize_4bit(weight: Params4bit) -> Tensor:
@@ -72,14 +128,35 @@ def dequantize_4bit(weight: Params4bit) -> Tensor:
     return bitsandbytes.functional.dequantize_4bit(weight.data, state).reshape(shape)
 
 
-def protect_from_repacking(model: nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in place at the first eval forward on AVX512-BF16 CPUs.
+def keep_packing(layer: Base4bit) -> bool:
+    """Keep bitsandbytes from repacking a 4-bit weight in place at its first eval forward on AVX512-BF16 CPUs.
 
-    A repacked weight dequantizes to garbage and passes no gradient on. Weights repacked before are unpacked.
+    A repacked weight dequantizes to garbage and passes no gradient on. A weight repacked before is unpacked; its scales
+    were rounded to bfloat16 when it was packed.
+
+    Returns:
+        Whether the weight had been repacked.
     """
-    for module in model.modules():
-        if isinstance(module, Base4bit):
-            if getattr(module.weight.quant_state, "packing_format_for_cpu", False):
-                unpack = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
-                module.weight.data, module.weight.quant_state = unpack(module.weight.data, module.weight.quant_state)
-            module.support_avx512bf16_for_cpu = False
+    layer.support_avx512bf16_for_cpu = False
+    state = layer.weight.quant_state
+    repacked = getattr(state, "packing_format_for_cpu", False)
+    if repacked:
+        unpack = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
+        layer.weight.data, state = unpack(layer.weight.data, state)
+        layer.weight.quant_state = state
+    if state is not None and not state.nested and state.absmax.dim() == 2:
+        # bitsandbytes 0.50 unpacks scales that are not quantized themselves in transposed order.
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return repacked
+
+
+def protect_from_repacking(model: nn.Module) -> None:
+    """`keep_packing` for every 4-bit layer of a model, adapted or not."""
+    repacked = [keep_packing(module) for module in model.modules() if isinstance(module, Base4bit)]
+    if any(repacked):
+        logger.warning(
+            "bitsandbytes repacked %d 4-bit weights in an eval forward and rounded their scales to bfloat16 (relative"
+            " error up to 0.004). For the exact weights, load the model again and attach adapters before the first"
+            " forward.",
+            sum(repacked),
+        )
