@@ -24,6 +24,7 @@ class RandLoraAdapter:
         config: The adapter's `RandLoraConfig`.
         shapes: (out, in) of each adapted layer, or None if its file did not say.
         recipe: Name of the recipe that made the bases, or None.
+        saved_weights: What is trained besides lambda and gamma (biases, modules_to_save), under the keys of the file.
     """
 
     factors: dict[str, Factors]
@@ -31,6 +32,7 @@ class RandLoraAdapter:
     config: RandLoraConfig
     shapes: dict[str, tuple[int, int]] | None = None
     recipe: str | None = None
+    saved_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -58,30 +60,39 @@ class RandLoraAdapter:
         """The same numbers as CPU tensors; dtypes are kept.
 
         Raises:
-            ValueError: the bases are not known yet, or the adapter also trains biases or whole modules, which this
-                object cannot hold.
+            ValueError: the bases are not known yet.
         """
         if adapter.bases is None:
             raise ValueError(
                 "this adapter's file holds no bases and does not say how large they are: attach it to its model"
                 " (randlora_torch.load_adapter), or give the (out, in) shapes of its layers: adapter.bind(shapes)."
             )
-        if adapter.saved_weights:
-            raise ValueError(
-                f"the adapter holds {sorted(adapter.saved_weights)} besides lambda and gamma"
-                f" (bias={adapter.config.bias!r}, modules_to_save={adapter.config.modules_to_save}). Only adapters made"
-                " of lambda and gamma are supported: merge those weights into the base model with PEFT first."
-            )
         factors = {name: Factors(*map(to_torch, pair)) for name, pair in adapter.factors.items()}
         bases = Bases(*map(to_torch, adapter.bases))
         shapes = adapter.shapes and dict(adapter.shapes)
-        return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
+        saved = {key: to_torch(value) for key, value in adapter.saved_weights.items()}
+        return cls(
+            factors=factors,
+            bases=bases,
+            config=adapter.config,
+            shapes=shapes,
+            recipe=adapter.recipe,
+            saved_weights=saved,
+        )
 
     def to_interop(self) -> Adapter:
-        """The same numbers in numpy; the factors are copies, which further training does not change."""
+        """The same numbers in numpy; what is trained is copied, so further training does not change it."""
         factors = {name: Factors(*(to_numpy(part).copy() for part in pair)) for name, pair in self.factors.items()}
         bases = Bases(*map(to_numpy, self.bases))
-        return Adapter(config=self.config, factors=factors, bases=bases, recipe=self.recipe, shapes=self.shapes)
+        saved = {key: to_numpy(value).copy() for key, value in self.saved_weights.items()}
+        return Adapter(
+            config=self.config,
+            factors=factors,
+            bases=bases,
+            recipe=self.recipe,
+            shapes=self.shapes,
+            saved_weights=saved,
+        )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the adapter in PEFT's format; see `interop.save`."""

@@ -1,61 +1,289 @@
-"""Adapters on a torch model, attached in place: the model object, its class and its layers' names stay.
+"""Models with adapters: `get_peft_model` and the methods that a model gains.
 
-As torch's `fully_shard` does, the model's class is swapped for a subclass of itself (and of `RandLoraMixin`), so that
-`isinstance(model, PreTrainedModel)` still holds and `model.save_pretrained` writes the adapter.
+As torch's `fully_shard` does, attaching swaps the model's class for a subclass of itself (and of `RandLoraModel`), so
+that `isinstance(model, PreTrainedModel)` still holds and `model.save_pretrained` writes the adapter.
 """
 
-import collections
-import dataclasses
-import importlib
+import contextlib
+import functools
 import os
-import sys
-from types import ModuleType
-from typing import TypeVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
-import numpy as np
-import torch
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
-from interop.adapter import Adapter, Factors, init_adapter
 from interop.bases import DEFAULT_RECIPE
 from interop.config import RandLoraConfig
-from interop.files import load
-from interop.targets import resolve_targets
-from randlora_torch.adapter import RandLoraAdapter
-from randlora_torch.bases import BufferDict, to_torch
-from randlora_torch.layer import Linear, RandLoraLayer, layer_shape
-from randlora_torch.mixin import AttachedAdapter, RandLoraMixin, adapted_class, adapted_layers
+from interop.files import save
+from randlora_torch.attach import detach_layers, extract
+from randlora_torch.bases import BufferDict
+from randlora_torch.extras import has_new_tokens
+from randlora_torch.loading import Source, attach_new, attach_saved, restore
+from randlora_torch.structure import adapted_layers, bnb_layers, floating_dtype
+from randlora_torch.switching import AdapterSwitching, Names, as_names, check_unmerged, input_sizes
+from randlora_torch.trainer import support_trainer
 
 Model = TypeVar("Model", bound=nn.Module)
-Source = Adapter | RandLoraAdapter | str | os.PathLike[str]
+# Arguments with which transformers and PEFT save whole models; they say nothing about an adapter.
+_OF_WHOLE_MODELS = {"max_shard_size", "save_function", "save_peft_format", "save_original_format", "variant", "token"}
+
+
+class RandLoraModel(AdapterSwitching):
+    """What a model becomes when an adapter is attached to it; `RandLoraModel(model, config)` attaches one.
+
+    Args:
+        model: Any module with linear layers.
+        config: What to adapt and how.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Leave lambda and gamma on the meta device, for `restore_adapter` to fill.
+    """
+
+    _base_class: type[nn.Module]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`RandLoraModel(...)` attaches; the class of an adapted model makes an empty object, for `__init__`."""
+        return get_peft_model(*args, **kwargs) if cls is RandLoraModel else super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """`type(model)(...)` constructs a model of the class that the adapted one had before."""
+        if "_randlora" not in self.__dict__:
+            self.__class__ = self._base_class
+            self.__init__(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self._base_class,), self.__getstate__()
+
+    def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """Call the model; `adapter_names` gives each row of the batch its own adapter ("__base__" for none).
+
+        The choice is kept on the model while it computes: serve one model from one thread at a time.
+        """
+        if self._randlora.rows is not None:  # within generate
+            self._randlora.rows.sizes = input_sizes((*args, *kwargs.values()))
+        with _rows(self, adapter_names, args, kwargs):
+            return super().__call__(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`RandLoraModel.from_pretrained(model, folder, adapter_name="default", ...)`: see `load_adapter`."""
+        if cls is RandLoraModel:
+            return load_adapter(*args, **kwargs)
+        return cls._base_class.from_pretrained(*args, **kwargs)
+
+    @property
+    def randlora_A(self) -> BufferDict:
+        """Bases (r, 1, min_dim) by adapter name, shared by all adapted layers."""
+        return self._randlora.bases_A
+
+    @property
+    def randlora_B(self) -> BufferDict:
+        """Bases (max_dim, n, r) by adapter name, shared by all adapted layers."""
+        return self._randlora.bases_B
+
+    @property
+    def _hf_peft_config_loaded(self) -> bool:
+        """What transformers asks before it trains a quantized model or checkpoints activations."""
+        return bool(self._randlora.adapters)
+
+    def train(self, mode: bool = True) -> Any:
+        """As `nn.Module.train`; 4-bit weights that bitsandbytes repacked for inference are unpacked again."""
+        if bnb_layers() is not None:
+            bnb_layers().protect_from_repacking(self)
+        return super().train(mode)
+
+    def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
+        """See `AdapterSwitching.set_requires_grad`."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        support_trainer(self, RandLoraModel, wanted=requires_grad)
+
+    def get_base_model(self) -> nn.Module:
+        """The model itself: adapters are attached in place."""
+        return self
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: RandLoraConfig,
+        *,
+        recipe: str = DEFAULT_RECIPE,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Attach a further adapter, with its own r, seed, sparsity and targets; it waits for `set_adapter`.
+
+        Transformers' order, `add_adapter(config, name)`, is understood too.
+
+        Raises:
+            ValueError: see `get_peft_model`.
+        """
+        if isinstance(peft_config, str):
+            adapter_name, peft_config = peft_config, adapter_name
+        attach_new(self, peft_config, adapter_name, recipe, meta=low_cpu_mem_usage)
+        self.set_requires_grad(adapter_name, False)
+
+    def load_adapter(
+        self, dir_or_adapter: Source, adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
+    ) -> None:
+        """Attach a saved adapter beside the others; see `randlora_torch.load_adapter`."""
+        load_adapter(self, dir_or_adapter, adapter_name, is_trainable, **kwargs)
+
+    def restore_adapter(self, dir_or_adapter: Source, adapter_name: str = "default") -> None:
+        """Set an attached adapter to saved values, in place, so that an optimizer goes on with its parameters.
+
+        Raises:
+            ValueError: the adapter is not attached, or the saved one is of another kind: what differs is listed.
+        """
+        restore(self, dir_or_adapter, adapter_name)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Names | None = None,
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapters in PEFT's format: "default" into the folder, others into sub-folders of their names.
+
+        Args:
+            save_directory: The folder; each adapter in it is replaced at once or not at all.
+            safe_serialization: Must be True: pickles are not written.
+            selected_adapters: Which to write; all by default.
+            is_main_process: Whether to write. Every process must call this if parameters are sharded.
+            state_dict: The model's gathered parameters, where a trainer has them; lambda and gamma are taken from it.
+            save_embedding_layers: Whether to write the base's embeddings and output head along; "auto" does if tokens
+                were added since the model was loaded from its folder.
+            **kwargs: What transformers passes for whole models is accepted and has no meaning here.
+
+        Raises:
+            ValueError: an adapter is not attached, or cannot be saved (see `interop.save`), or pickles are asked for.
+            TypeError: an argument is unknown.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would write a pickle: only safetensors files are written.")
+        unknown = kwargs.keys() - _OF_WHOLE_MODELS
+        if unknown:
+            raise TypeError(f"save_pretrained got {sorted(unknown)}, which saving an adapter does not know. Drop them.")
+        names = list(self._randlora.adapters) if selected_adapters is None else as_names(selected_adapters)
+        if not names:
+            raise ValueError("the model has no adapter to save: attach one first.")
+        embeddings = has_new_tokens(self) if save_embedding_layers == "auto" else bool(save_embedding_layers)
+        found = {name: extract(self, name, state_dict=state_dict, with_embeddings=embeddings) for name in names}
+        adapters = {name: adapter.to_interop() for name, adapter in found.items()}
+        for name, adapter in adapters.items() if is_main_process else ():
+            save(adapter, Path(save_directory) if name == "default" else Path(save_directory) / name)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Names | None = None
+    ) -> nn.Module:
+        """Merge adapters (default: the active ones) into the base weights for good, and give the plain model back.
+
+        Modules and biases that these adapters trained stay in the model. `progressbar` is PEFT's, and shows none.
+
+        Raises:
+            ValueError: see `merge_adapter`.
+        """
+        if adapter_names is not None:  # so that the modules and biases that stay are theirs
+            merged = {name for layer in adapted_layers(self).values() for name in layer.merged_adapters}
+            self.set_adapter(as_names((*as_names(adapter_names), *sorted(merged))))
+        self.merge_adapter(adapter_names, safe_merge, keep_base=False)
+        return self._unload(keep_saved=True)
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off and give the base model back, with its own weights (and embeddings a file brought)."""
+        self.disable_adapter_layers()
+        return self._unload(keep_saved=False)
+
+    def _unload(self, *, keep_saved: bool) -> nn.Module:
+        detach_layers(self, keep_saved=keep_saved)
+        del self._randlora
+        self.__class__ = self._base_class
+        return self
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Counts of trainable and of all parameters; those packed in 4 bits are counted unpacked."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            if type(parameter).__name__ == "Params4bit":
+                count *= 2 * parameter.element_size()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line on trainable parameters, and the bytes of the shared frozen bases."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        frozen = self._randlora.bases_A.nbytes + self._randlora.bases_B.nbytes
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        print(f"frozen bases: {frozen:,d} bytes, shared by {len(adapted_layers(self))} layers")
+
+
+def _rows(model: Any, adapter_names: list[str] | None, args: Any, kwargs: Any) -> contextlib.AbstractContextManager:
+    """The context of a call: a mixed batch, if the rows' adapters are named."""
+    return (
+        contextlib.nullcontext() if adapter_names is None else model._by_row(adapter_names, (*args, *kwargs.values()))
+    )
+
+
+class _Generates:
+    """`generate` of an adapted model that has it, with rows of a batch for different adapters."""
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The model's own `generate`; `adapter_names` gives each row of the batch its own adapter."""
+        with _rows(self, adapter_names, args, kwargs):
+            return super().generate(*args, **kwargs)
+
+
+@functools.cache
+def adapted_class(kind: type) -> type:
+    """The subclass that an adapted model of this class becomes; it goes by the name of the class itself.
+
+    Libraries look classes up by name (transformers' output recorders do), so the name must not change.
+    """
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    mixins = (RandLoraModel, _Generates) if hasattr(kind, "generate") else (RandLoraModel,)
+    return type(kind.__name__, (*mixins, kind), {**names, "_base_class": kind})
+
+
+def _rebuild(kind: type) -> nn.Module:
+    """An empty adapted model, for pickle and deepcopy to fill."""
+    model = kind.__new__(adapted_class(kind))
+    support_trainer(model, RandLoraModel, wanted=True)
+    return model
 
 
 def get_peft_model(
-    model: Model, config: RandLoraConfig, adapter_name: str = "default", *, recipe: str = DEFAULT_RECIPE
+    model: Model,
+    peft_config: RandLoraConfig,
+    adapter_name: str = "default",
+    *,
+    recipe: str = DEFAULT_RECIPE,
+    autocast_adapter_dtype: bool = True,
+    low_cpu_mem_usage: bool = False,
 ) -> Model:
     """Attach a new adapter to `model`, in place, freeze everything else, and return the model.
 
     Args:
-        model: Any module with linear layers: nn.Linear, transformers' Conv1D, bitsandbytes' Linear4bit.
-        config: What to adapt and how.
+        model: Any module with linear layers: nn.Linear, transformers' Conv1D, bitsandbytes' Linear8bitLt, Linear4bit.
+        peft_config: What to adapt and how; PEFT's own RandLoraConfig is understood too.
         adapter_name: Name of the adapter.
         recipe: How the bases are drawn, see `interop.RECIPES`.
+        autocast_adapter_dtype: Train lambda and gamma in float32; otherwise in the dtype of the model.
+        low_cpu_mem_usage: Leave lambda and gamma on the meta device, for `model.restore_adapter` to fill.
 
     Raises:
-        ValueError: a target matches nothing or no linear layer, the name is taken or not usable, or the config asks
-            for trained biases or modules_to_save, which this release cannot train.
+        ValueError: a target matches nothing or no linear layer, the name is taken or not usable, or a module of
+            modules_to_save cannot be trained.
     """
-    layers, others = _adaptable_layers(model)
-    heads = _output_heads(model, layers)
-    targets = resolve_targets(config, list(layers), output_layers=heads, other_modules=others)
-    shapes = {name: layer_shape(layers[name]) for name in targets}
-    rng = None if config.init_weights else np.random.default_rng(int(torch.randint(2**62, ())))
-    if config.base_model_name_or_path is None:
-        config = dataclasses.replace(config, base_model_name_or_path=getattr(model, "name_or_path", None) or None)
-    _attach(model, init_adapter(config, shapes, recipe=recipe, rng=rng), adapter_name)
-    model.set_adapter(adapter_name)
+    dtype = None if autocast_adapter_dtype else floating_dtype(model)
+    check_unmerged(model)
+    attach_new(model, peft_config, adapter_name, recipe, dtype=dtype, meta=low_cpu_mem_usage)
+    _make_adapted(model)
+    model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
     return model
 
 
@@ -63,9 +291,10 @@ def load_adapter(
     model: Model,
     dir_or_adapter: Source,
     adapter_name: str = "default",
-    *,
     is_trainable: bool = False,
+    *,
     recipe: str | None = None,
+    low_cpu_mem_usage: bool = False,
 ) -> Model:
     """Attach a saved or converted adapter to `model`, in place, and return the model.
 
@@ -77,149 +306,22 @@ def load_adapter(
         adapter_name: Name to attach it under.
         is_trainable: Whether to go on training it; otherwise its parameters are frozen too.
         recipe: The recipe of the bases, for a folder that neither holds them nor names it.
+        low_cpu_mem_usage: PEFT's option; here, weights that the file replaces are never initialized anyway.
 
     Raises:
         FileNotFoundError, AdapterFormatError: see `interop.load`; or the adapter was made for another model.
         ValueError: the adapter name is taken or not usable.
         TypeError: `dir_or_adapter` is no folder and no adapter.
     """
-    if isinstance(dir_or_adapter, str | os.PathLike):
-        adapter = load(dir_or_adapter, recipe=recipe)
-    else:
-        adapter = dir_or_adapter.to_interop() if hasattr(dir_or_adapter, "to_interop") else dir_or_adapter
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"dir_or_adapter is a {type(dir_or_adapter).__name__}: pass an adapter folder or an adapter.")
-    layers, _ = _adaptable_layers(model)
-    first = not getattr(model, "randlora_adapters", {})
-    _attach(model, adapter.bind({name: layer_shape(layer) for name, layer in layers.items()}), adapter_name)
-    if first:
+    attach_saved(model, dir_or_adapter, adapter_name, recipe)
+    _make_adapted(model)
+    if len(model.randlora_adapters) == 1:
         model.set_adapter(adapter_name)
-    for layer in adapted_layers(model).values():
-        for parameter in layer.factors(adapter_name) if adapter_name in layer.randlora_lambda else ():
-            parameter.requires_grad_(is_trainable)
+    model.set_requires_grad(adapter_name, is_trainable)
     return model
 
 
-def _attach(model: nn.Module, adapter: Adapter, adapter_name: str) -> None:
-    """Put an adapter, bound to the model, on its layers, and make the model a `RandLoraMixin`."""
-    config = adapter.config
-    _check_request(model, config, adapter_name)
-    fresh = not isinstance(model, RandLoraMixin)
-    basis_A, basis_B = (BufferDict(), BufferDict()) if fresh else (model.randlora_A, model.randlora_B)
-    options = (config.r, config.randlora_alpha, config.randlora_dropout)
-    layers = {name: model.get_submodule(name) for name in adapter.modules}
-    # Whatever can fail comes before the model is touched.
-    _check_attachable(model, layers, fresh)
-    swapped = adapted_class(type(model)) if fresh else type(model)
-    created = {
-        name: _layer_kind(layer, name)(layer, adapter_name, basis_A, basis_B, *options)
-        for name, layer in layers.items()
-        if not isinstance(layer, RandLoraLayer)
-    }
-    if fresh:
-        model.requires_grad_(False)
-        model.randlora_adapters = {}
-        model.__class__ = swapped
-        if _bnb() is not None:
-            _bnb().protect_from_repacking(model)
-    aliases: dict[int, list[str]] = collections.defaultdict(list)
-    for name, module in model.named_modules(remove_duplicate=False):
-        aliases[id(module)].append(name)
-    owners = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
-    tied = {key for key, count in owners.items() if count > 1}
-    device = _base_layer(layers[adapter.modules[0]]).weight.device
-    basis_A[adapter_name], basis_B[adapter_name] = (to_torch(basis).to(device) for basis in adapter.bases)
-    active = next((layer.active_adapters for layer in adapted_layers(model).values()), [adapter_name])
-    for name, factors in adapter.factors.items():
-        if name in created:
-            created[name].active_adapters = list(active)
-            created[name].tied = id(layers[name].weight) in tied
-            for alias in aliases[id(layers[name])]:
-                model.set_submodule(alias, created[name].train(model.training))
-        else:
-            layers[name].update_layer(adapter_name, *options)
-        model.get_submodule(name).set_factors(adapter_name, Factors(*map(to_torch, factors)))
-    model.randlora_adapters[adapter_name] = AttachedAdapter(config, adapter.recipe, adapter.modules)
-
-
-def _check_request(model: nn.Module, config: RandLoraConfig, adapter_name: str) -> None:
-    """Whether this release can attach such an adapter under this name."""
-    taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict, BufferDict))
-    if not adapter_name or any(mark in adapter_name for mark in "./\\\0") or taken:
-        raise ValueError(
-            f"adapter_name={adapter_name!r}: must be a non-empty name without dots and slashes that is no attribute of"
-            " torch's containers, such as 'keys'. Choose another."
-        )
-    if adapter_name in getattr(model, "randlora_adapters", {}):
-        raise ValueError(f"adapter_name={adapter_name!r} is taken: the model has {list(model.randlora_adapters)}.")
-    if config.bias != "none" or config.modules_to_save:
-        raise ValueError(
-            f"bias={config.bias!r}, modules_to_save={config.modules_to_save}: this release trains lambda and gamma"
-            " only. Use bias='none' and modules_to_save=None."
-        )
-    config.require_no_head()
-
-
-def _check_attachable(model: nn.Module, layers: dict[str, nn.Module], fresh: bool) -> None:
-    if fresh and adapted_layers(model):
-        raise ValueError(
-            f"a part of this model, with {next(iter(adapted_layers(model)))!r}, carries adapters already: attach to"
-            " that part, or load its adapter on a model that has none."
-        )
-    on_meta = [name for name, layer in layers.items() if _base_layer(layer).weight.device.type == "meta"]
-    if on_meta:
-        raise ValueError(
-            f"the weights of {on_meta[:4]} are on the meta device (not loaded, or offloaded): load them first, an"
-            " adapter on them would compute nothing."
-        )
-
-
-def _base_layer(layer: nn.Module) -> nn.Module:
-    return layer.base_layer if isinstance(layer, RandLoraLayer) else layer
-
-
-def _bnb() -> ModuleType | None:
-    """Our bitsandbytes layers. A model with such layers has imported bitsandbytes; without them it is not touched."""
-    return importlib.import_module("randlora_torch.bnb") if "bitsandbytes" in sys.modules else None
-
-
-def _layer_kind(base_layer: nn.Module, name: str) -> type[RandLoraLayer]:
-    """The class that adapts a base layer."""
-    bnb = _bnb()
-    if bnb is not None and isinstance(base_layer, bnb.Base8bit):
-        raise ValueError(f"{name} is an 8-bit layer, which this release cannot adapt: load the base in 4 bit or plain.")
-    return bnb.Linear4bit if bnb is not None and isinstance(base_layer, bnb.Base4bit) else Linear
-
-
-def _adaptable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
-    """Base layers that can be adapted, by name, and the names of all other modules."""
-    layers: dict[str, nn.Module] = {}
-    others: list[str] = []
-    inside = None  # the adapted layer whose parts come next
-    for name, module in model.named_modules():
-        if inside is not None and name.startswith(inside):
-            continue
-        if isinstance(module, RandLoraLayer):
-            layers[name], inside = module.base_layer, f"{name}."
-        elif name and _is_linear(module):
-            layers[name] = module
-        else:
-            others.append(name)
-    return layers, others
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether the module computes `x @ W.T + b`, and nothing else, when it is called."""
-    bnb = _bnb()
-    if bnb is not None and isinstance(module, bnb.Base4bit | bnb.Base8bit):
-        return True
-    if isinstance(module, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention reads its weight, uncalled
-        return False
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
-
-
-def _output_heads(model: nn.Module, layers: dict[str, nn.Module]) -> list[str]:
-    """What "all-linear" leaves out: the output embedding."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if callable(get_head) else None
-    return [name for name, layer in layers.items() if layer is head]
+def _make_adapted(model: nn.Module) -> None:
+    """Swap the class of a model that carries adapters."""
+    if not isinstance(model, RandLoraModel):
+        model.__class__ = adapted_class(type(model))
