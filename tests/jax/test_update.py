@@ -5,9 +5,11 @@ import functools
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
+import oracle
 import pytest
-from stacks import CASES, SCALING, Case, Stack, UpdateLaws, draw_layer, every_case
+from stacks import CASES, DTYPES, SCALING, Case, Stack, UpdateLaws, draw_layer, every_case, few_cases
 from strategies import draw_adapter
 from tolerances import TOLERANCE
 
@@ -51,6 +53,33 @@ def stacked_layers(case, count, **dtypes):
     layers = [layer_of(case, seed, **dtypes) for seed in range(count)]
     lam, gamma = (jnp.stack([layer[i] for layer in layers]) for i in (2, 3))
     return layers[0][:2], lam, gamma
+
+
+@few_cases
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_inputs_are_multiplied_in_float32_and_only_the_result_is_rounded(case, dtype, rng):
+    drawn = draw_layer(case, 2, factors=dtype)
+    x = rng.standard_normal((4, case.shape[1])).astype(DTYPES[dtype])
+    got = np.asarray(
+        JaxStack.apply_delta(x, *TestUpdate().layer(drawn, case), out_features=case.shape[0], scaling=SCALING)
+    )
+    want = x.astype(np.float64) @ oracle.delta_weight(**drawn, scaling=SCALING, shape=case.shape).T
+    # Half a unit in the last place, besides what float32 leaves.
+    rounding = float(ml_dtypes.finfo(DTYPES[dtype]).eps) / 2
+    np.testing.assert_allclose(got.astype(np.float64), want, rtol=1.01 * rounding, atol=1e-4)
+
+
+@few_cases
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_inputs_do_not_round_the_gradients_of_the_factors(case, dtype, rng):
+    drawn = draw_layer(case, 8)
+    x = rng.standard_normal((4, case.shape[1])).astype(DTYPES[dtype])
+    A, B, *trainable = TestUpdate().layer(drawn, case)
+    grads = JaxStack().gradients(lambda *t: apply(jnp.asarray(x), (A, B, *t), case), *trainable)
+    rows = np.ones((case.shape[0], 4)) @ x.astype(np.float64)
+    want = oracle.gradients(**drawn, scaling=SCALING, shape=case.shape, upstream=rows)
+    for got, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(got, expected, **TOLERANCE["float32", "gradient"])
 
 
 @every_case

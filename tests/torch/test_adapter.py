@@ -98,10 +98,35 @@ def test_an_adapter_without_bases_is_refused_with_the_two_remedies():
         RandLoraAdapter.from_interop(dataclasses.replace(draw_adapter(), bases=None))
 
 
-def test_an_adapter_that_trains_other_weights_is_refused():
+def with_saved_weights():
+    """An adapter of the hub that also trains biases and a head, in three dtypes."""
     hub = draw_adapter()
-    config = dataclasses.replace(hub.config, bias="all")
-    hub = dataclasses.replace(hub, config=config, saved_weights={"block.0.up.bias": np.zeros(12, np.float32)})
-    message = r"holds \['block\.0\.up\.bias'\] besides lambda and gamma \(bias='all', modules_to_save=None\).*with PEFT"
-    with pytest.raises(ValueError, match=message):
-        RandLoraAdapter.from_interop(hub)
+    config = dataclasses.replace(hub.config, bias="all", modules_to_save=("head",))
+    saved = {
+        "base_model.model.block.0.up.base_layer.bias": np.arange(12, dtype=np.float32),
+        "base_model.model.head.weight": np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16),
+        "base_model.model.head.num_batches_tracked": np.array(7),
+    }
+    return dataclasses.replace(hub, config=config, saved_weights=saved)
+
+
+def test_what_an_adapter_trains_besides_is_carried_both_ways_and_through_files(tmp_path):
+    hub = with_saved_weights()
+    adapter = RandLoraAdapter.from_interop(hub)
+    assert {key: value.dtype for key, value in adapter.saved_weights.items()} == dict(
+        zip(hub.saved_weights, (torch.float32, torch.bfloat16, torch.int64), strict=True)
+    )
+    adapter.save_pretrained(tmp_path)
+    for again in (adapter.to_interop(), interop.load(tmp_path)):
+        assert set(again.saved_weights) == set(hub.saved_weights)
+        assert_same_bits([again.saved_weights[key] for key in hub.saved_weights], hub.saved_weights.values())
+
+
+def test_what_an_adapter_trains_besides_is_copied_by_every_conversion():
+    hub = with_saved_weights()
+    adapter = RandLoraAdapter.from_interop(hub)
+    back = adapter.to_interop()
+    for value in adapter.saved_weights.values():
+        value.zero_()
+    for kept in (hub, back):
+        assert_same_bits(kept.saved_weights.values(), with_saved_weights().saved_weights.values())

@@ -1,12 +1,14 @@
 """Bases in torch, and `BufferDict`, which all layers of a model share."""
 
 import copy
+import io
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import interop
 from interop import RECIPES, RandLoraConfig
@@ -54,13 +56,27 @@ def test_a_transposed_tensor_with_gradient_becomes_the_array_of_its_values():
 
 
 class Holder(nn.Module):
-    """A parent and two children that hold the same BufferDict, as adapted layers do."""
+    """A parent and two children that hold the same BufferDict, as adapted layers do; two names share a tensor."""
 
     def __init__(self):
         super().__init__()
-        self.bases = BufferDict({"a": torch.ones(4, 3), "b": torch.ones(2, dtype=torch.bfloat16)})
+        self.bases = BufferDict(held())
         self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
         self.first.bases = self.second.bases = self.bases
+
+
+def held():
+    shared = torch.arange(12.0).reshape(4, 3) / 7
+    return {"a": shared, "b": torch.tensor([0.3, 70000.0], dtype=torch.bfloat16), "c": shared}
+
+
+def assert_holds(bases, wanted=None):
+    for name, tensor in (wanted or held()).items():
+        torch.testing.assert_close(bases[name], tensor, rtol=0, atol=0)
+    assert bases["a"] is bases["c"]
+
+
+CPU = torch.device("cpu")
 
 
 def test_a_buffer_dict_is_a_mapping_from_names_to_tensors():
@@ -76,44 +92,117 @@ def test_a_buffer_dict_is_a_mapping_from_names_to_tensors():
     assert "a" not in bases
     with pytest.raises(KeyError, match="a"):
         bases["a"]
+    with pytest.raises(KeyError, match="a"):
+        del bases["a"]
 
 
-def test_a_buffer_dict_is_no_part_of_a_state_dict_and_has_no_parameters():
+def test_a_buffer_dict_is_equal_to_itself_only_whatever_it_holds():
+    first, second = BufferDict(), BufferDict()
+    assert first != second
+    assert [first, second].index(second) == 1
+    assert len({first, second}) == 2
+
+
+def test_what_a_buffer_dict_holds_is_neither_parameter_nor_buffer_nor_state():
     holder = Holder()
-    assert [name for name in holder.state_dict() if "bases" in name] == []
+    linear = ["weight", "bias"]
+    assert list(holder.state_dict()) == [f"{layer}.{name}" for layer in ("first", "second") for name in linear]
+    assert list(holder.buffers()) == []
     assert list(holder.bases.parameters()) == []
     holder.load_state_dict(holder.state_dict())
 
 
-def test_moving_a_model_moves_the_one_tensor_that_all_layers_share():
-    holder = Holder().to("meta")
-    assert holder.bases["a"].device.type == "meta"
+CONVERSIONS = {
+    "half": nn.Module.half,
+    "bfloat16": nn.Module.bfloat16,
+    "double": nn.Module.double,
+    "to float16": lambda model: model.to(torch.float16),
+    "to meta": lambda model: model.to("meta"),
+    "to meta and float16": lambda model: model.to("meta", torch.float16),
+    "to_empty meta": lambda model: model.to_empty(device="meta"),
+    "to_empty": lambda model: model.to_empty(device="cpu"),
+    "meta and back": lambda model: model.to("meta").to_empty(device="cpu"),
+    "share_memory": lambda model: model.share_memory(),
+}
+
+
+@pytest.mark.parametrize("how", CONVERSIONS)
+def test_no_conversion_of_a_model_rounds_or_destroys_its_bases(how):
+    holder = Holder()
+    before = dict(holder.bases)
+    CONVERSIONS[how](holder)
+    assert all(holder.bases[name] is tensor for name, tensor in before.items())
+    assert_holds(holder.bases)
     assert holder.first.bases is holder.second.bases is holder.bases
-    assert len({id(buffer) for buffer in holder.buffers()}) == 2
 
 
-@pytest.mark.parametrize(
-    "convert", [nn.Module.half, nn.Module.bfloat16, nn.Module.double, nn.Module.float, lambda m: m.to(torch.float16)]
-)
-def test_converting_a_model_to_another_dtype_leaves_the_bases_as_they_are(convert):
+def test_moving_a_model_moves_what_its_layers_share_once_and_drops_the_copies():
+    with FakeTensorMode():  # a CUDA device without one
+        holder = nn.Module()
+        holder.bases, holder.layer = BufferDict(held()), nn.Module()
+        holder.layer.bases = bases = holder.bases
+        bases.on("b", CPU, torch.float32)
+        holder.to("cuda:0", torch.float16)
+        assert {name: tensor.device.type for name, tensor in bases.items()} == dict.fromkeys("abc", "cuda")
+        assert {name: tensor.dtype for name, tensor in bases.items()} == {n: t.dtype for n, t in held().items()}
+        assert bases["a"] is bases["c"]
+        assert bases.nbytes == 12 * 4 + 2 * 2
+        assert bases.on("a", CPU, torch.float32).device == CPU
+        moved = bases["a"]
+        holder.half()
+        assert bases["a"] is moved
+
+
+def test_a_tensor_is_given_as_it_is_held_or_as_a_copy_that_is_made_once():
+    bases = BufferDict(held())
+    assert bases.on("a", CPU, torch.float32) is bases["a"]
+    copy_of_a = bases.on("a", CPU, torch.bfloat16)
+    torch.testing.assert_close(copy_of_a, held()["a"].bfloat16(), rtol=0, atol=0)
+    assert bases.on("a", CPU, torch.bfloat16) is copy_of_a
+    assert bases.on("c", CPU, torch.bfloat16) is copy_of_a
+    assert bases.on("a", CPU, torch.float16) is not copy_of_a
+    assert bases.nbytes == 12 * 4 + 2 * 2 + 2 * 12 * 2
+    assert bases.on("a", torch.device("meta"), torch.float16).device.type == "meta"
+    assert bases.nbytes == 12 * 4 + 2 * 2 + 2 * 12 * 2
+    assert_holds(bases)
+
+
+def test_a_copy_is_not_kept_longer_than_what_it_is_a_copy_of():
+    bases = BufferDict(held())
+    for name in bases:
+        bases.on(name, CPU, torch.float16)
+    bases["a"] = torch.full((2,), 5.0)
+    torch.testing.assert_close(bases.on("a", CPU, torch.float16), torch.full((2,), 5.0).half(), rtol=0, atol=0)
+    torch.testing.assert_close(bases.on("c", CPU, torch.float16), held()["c"].half(), rtol=0, atol=0)
+    del bases["b"], bases["c"]
+    assert bases.nbytes == 2 * 4 + 2 * 2
+
+
+def test_a_copy_that_was_made_while_serving_trains_later():
+    bases = BufferDict(held())
+    with torch.inference_mode():
+        copy_of_a = bases.on("a", CPU, torch.float64)
+    assert not copy_of_a.is_inference()
+    x = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    (x @ copy_of_a).sum().backward()
+    torch.testing.assert_close(x.grad, held()["a"].double().sum(1), rtol=0, atol=0)
+
+
+def through_pickle(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+def test_a_duplicate_shares_its_own_bases_among_its_layers_and_names_without_the_copies(duplicate):
     holder = Holder()
-    a, b = holder.bases["a"], holder.bases["b"]
-    convert(holder)
-    assert holder.bases["a"] is a
-    assert holder.bases["b"] is b
-
-
-def test_moving_and_converting_at_once_only_moves():
-    holder = Holder().to("meta", torch.float16)
-    assert (holder.bases["a"].device.type, holder.bases["a"].dtype) == ("meta", torch.float32)
-    assert holder.bases["b"].dtype == torch.bfloat16
-    assert holder.first.weight.dtype == torch.float16
-
-
-def test_a_deep_copy_shares_its_own_bases_among_its_layers():
-    holder = Holder()
-    twin = copy.deepcopy(holder)
+    holder.bases.on("a", CPU, torch.float16)
+    twin = duplicate(holder)
     assert twin.first.bases is twin.second.bases is twin.bases
     assert twin.bases is not holder.bases
     assert twin.bases["a"].data_ptr() != holder.bases["a"].data_ptr()
-    torch.testing.assert_close(twin.bases["a"], holder.bases["a"], rtol=0, atol=0)
+    assert_holds(twin.bases)
+    assert twin.bases.nbytes == 12 * 4 + 2 * 2
+    twin.bases["a"].zero_()
+    assert_holds(holder.bases)

@@ -3,16 +3,14 @@
 import copy
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from tolerances import TOLERANCE
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from interop import RandLoraConfig
 from randlora_torch import extract, get_peft_model, load_adapter
-from randlora_torch.bases import to_numpy
+from tests.torch.conftest import assert_same, delta_by_oracle, plain_dequantization
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 bnb = pytest.importorskip("randlora_torch.bnb")
@@ -68,39 +66,12 @@ def batch(rows=4, dtype=torch.float32):
     return torch.randn(rows, 64, generator=torch.Generator().manual_seed(2)).to(dtype)
 
 
-def plain_dequantization(weight):
-    """The numbers a packed 4-bit weight stands for, by the format: high nibble first, a scale per block, row-major."""
-    state = weight.quant_state
-    packed = weight.data.contiguous().view(torch.uint8).numpy().reshape(-1)
-    codes = np.stack([packed >> 4, packed & 15], axis=1).reshape(-1)[: state.shape.numel()]
-    scales = state.absmax
-    if state.nested:
-        inner = state.state2
-        blocks = np.arange(scales.numel()) // inner.blocksize
-        scales = inner.code.numpy()[scales.numpy()] * inner.absmax.numpy()[blocks] + state.offset.numpy()
-    else:
-        scales = scales.numpy()
-    values = state.code.numpy()[codes] * scales[np.arange(codes.size) // state.blocksize]
-    return values.reshape(state.shape)
-
-
-def delta_by_oracle(layer):
-    lam, gamma = map(to_numpy, layer.factors("default"))
-    A, B = to_numpy(layer.randlora_A["default"]), to_numpy(layer.randlora_B["default"])
-    shape = (layer.out_features, layer.in_features)
-    return oracle.delta_weight(A, B, lam, gamma, scaling=layer.scaling["default"], shape=shape)
-
-
 def packed(layer):
     """Everything a 4-bit layer stores, to compare bit for bit."""
     weight = layer.weight
     state = weight.quant_state
     parts = [weight.data.clone(), state.absmax.clone(), state.code.clone()]
     return parts + ([state.offset.clone(), state.state2.absmax.clone()] if state.nested else [])
-
-
-def assert_same(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("blocksize", [64, 128])
@@ -332,13 +303,23 @@ def test_shapes_that_the_cpu_kernels_compute_wrongly_are_refused_before_the_mode
     assert model["up"] is layer
 
 
-def test_8_bit_layers_are_refused_before_the_model_is_changed():
-    model = nn.ModuleDict({"up": bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False)})
-    message = r"up is an 8-bit layer, which this release cannot adapt: load the base in 4 bit or plain\."
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(model, config(["up"]))
+UNQUANTIZED = {
+    "8-bit": (lambda: bitsandbytes.nn.Linear8bitLt(64, 64, has_fp16_weights=False), "load it with has_fp16_weights=F"),
+    "8-bit, half": (lambda: bitsandbytes.nn.Linear8bitLt(64, 64).to("cpu"), r"load it with has_fp16_weights=False and"),
+    "4-bit": (lambda: bitsandbytes.nn.Linear4bit(64, 64), r"yet: move the model to its device first \(model\.to\)\."),
+}
+
+
+@pytest.mark.parametrize("kind", UNQUANTIZED)
+def test_layers_that_are_not_quantized_are_refused_before_the_model_is_changed(kind):
+    make, message = UNQUANTIZED[kind]
+    model = nn.ModuleDict({"plain": nn.Linear(64, 64), "up": make()})
+    with pytest.raises(ValueError, match=rf"the {kind[:5]} layer is not quantized.*{message}"):
+        get_peft_model(model, config(["plain", "up"]))
     assert type(model) is nn.ModuleDict
-    assert type(model["up"]) is bitsandbytes.nn.Linear8bitLt
+    assert type(model["plain"]) is nn.Linear
+    assert type(model["up"]).__module__.startswith("bitsandbytes")
+    assert model["plain"].weight.requires_grad
 
 
 def test_4_bit_weights_are_counted_unpacked(capsys):
@@ -349,66 +330,3 @@ def test_4_bit_weights_are_counted_unpacked(capsys):
     total = bias + weights + trainable
     line = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
     assert capsys.readouterr().out.startswith(line)
-
-
-@pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
-    folder = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(
-        LlamaConfig(num_key_value_heads=1, vocab_size=40, max_position_embeddings=16, initializer_range=0.2, **sizes)
-    ).save_pretrained(folder)
-    return folder
-
-
-def quantized_llama(folder, kind="nf4", nested=True, **options):
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=nested, **options
-    )
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map="cpu")
-
-
-TOKENS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(9))
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-@pytest.mark.parametrize(("kind", "nested", "dtype"), [("nf4", True, torch.bfloat16), ("fp4", False, torch.float32)])
-def test_a_quantized_llama_trains_saves_loads_and_merges(llama_folder, tmp_path, kind, nested, dtype):
-    model = quantized_llama(llama_folder, kind, nested, bnb_4bit_compute_dtype=dtype)
-    targets = ["q_proj", "v_proj", "down_proj"]
-    get_peft_model(model, config(targets))
-    assert isinstance(model, LlamaForCausalLM)
-    before = logits(model.eval())
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = model.train()(TOKENS, labels=TOKENS).loss
-        loss.backward()
-        assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-        optimizer.step()
-        losses.append(loss.item())
-        logits(model.eval())  # the hazard: evaluate between steps
-    assert losses[-1] < 0.8 * losses[0]
-    want = logits(model.eval())
-    assert (want - before).abs().max() > 0.1
-    model.save_pretrained(tmp_path)
-    again = load_adapter(quantized_llama(llama_folder, kind, nested, bnb_4bit_compute_dtype=dtype), tmp_path).eval()
-    assert_same(logits(again), want)
-    model.merge_adapter()
-    assert all(m.weight.data.dtype == torch.uint8 for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
-    # Requantizing rounds away part of the update, but the merged model is nearer to the adapted than to the base one.
-    assert (logits(model) - want).norm() < 0.6 * (want - before).norm()
-    model.unmerge_adapter()
-    assert_same(logits(model), want)
-
-
-def test_all_linear_leaves_the_unquantized_head_out(llama_folder):
-    model = get_peft_model(quantized_llama(llama_folder), config("all-linear"))
-    assert len(extract(model).modules) == 7
-    assert type(model.lm_head) is nn.Linear

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import randlora_torch
 from interop import Factors, RandLoraConfig
-from randlora_torch import BufferDict, Linear, make_bases
+from randlora_torch import BufferDict, Linear, Rounding, make_bases
 from randlora_torch.bases import to_numpy
+from tests.torch.conftest import assert_same, delta_by_oracle
 
 ADAPTERS = {  # name: (r, seed, other config fields); they differ in all that adapters on one layer may differ in
     "a": (3, 0, {}),
@@ -55,13 +56,6 @@ def adapted(base, *names, alpha=4, dropout=0.0, package=randlora_torch):
         randomize(layer, name, seed)
     layer.active_adapters = list(names or ("a",))
     return layer
-
-
-def delta_by_oracle(layer, name):
-    lam, gamma = map(to_numpy, layer.factors(name))
-    A, B = to_numpy(layer.randlora_A[name]), to_numpy(layer.randlora_B[name])
-    shape = (layer.out_features, layer.in_features)
-    return oracle.delta_weight(A, B, lam, gamma, scaling=layer.scaling[name], shape=shape)
 
 
 def inputs(layer, *batch, seed=2, dtype=torch.float32):
@@ -234,21 +228,62 @@ def test_a_merged_layer_computes_the_same_and_unmerging_restores_it(case, conv):
     torch.testing.assert_close(layer(x), want, **TOLERANCE["float32", "forward"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_merging_keeps_the_dtype_of_the_weight_and_unmerging_is_exact_up_to_two_roundings(dtype):
+every_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+def eps_of(dtype):
+    return torch.finfo(dtype).eps
+
+
+@every_dtype
+@pytest.mark.parametrize("conv", [False, True], ids=["Linear", "Conv1D"])
+def test_with_the_base_kept_unmerging_restores_the_very_weight(dtype, conv):
+    layer = adapted(base_layer((12, 7), dtype=dtype, conv=conv))
+    weight, original = layer.base_layer.weight, layer.base_layer.weight.clone()
+    rounding = layer.merge()
+    delta = layer.get_delta_weight("a").double()
+    exact = original.double() + (delta.T if conv else delta)
+    merged = layer.base_layer.weight
+    assert merged is not weight
+    assert (merged.dtype, merged.requires_grad, merged.is_contiguous()) == (dtype, False, True)
+    torch.testing.assert_close(merged.double(), exact, rtol=0.51 * eps_of(dtype), atol=1e-6)
+    error = (merged.double() - exact).norm()
+    want = ((error / exact.norm()).item(), (error / delta.norm()).item())
+    torch.testing.assert_close(tuple(rounding), want, rtol=1e-3, atol=1e-7)
+    assert_same(weight.data, original)
+    assert layer.unmerge() == Rounding(0.0, 0.0)
+    assert layer.base_layer.weight is weight
+    assert_same(weight.data, original)
+    assert layer.unmerge() == Rounding(0.0, 0.0)
+
+
+@every_dtype
+def test_without_the_base_kept_a_merge_is_in_place_and_unmerging_exact_up_to_two_roundings(dtype):
     layer = adapted(base_layer((12, 7), dtype=dtype))
     weight = layer.base_layer.weight
     original, data = weight.clone(), weight.data_ptr()
-    layer.merge()
+    layer.merge(keep_base=False)
+    assert layer.base_layer.weight is weight
     merged = weight.clone()
     exact = original.double() + layer.get_delta_weight("a").double()
-    eps = torch.finfo(torch.promote_types(dtype, torch.float32) if dtype == torch.float64 else dtype).eps
-    torch.testing.assert_close(merged.double(), exact, rtol=0.51 * eps, atol=1e-6)
+    torch.testing.assert_close(merged.double(), exact, rtol=0.51 * eps_of(dtype), atol=1e-6)
     layer.unmerge()
     assert layer.base_layer.weight is weight
     assert (weight.dtype, weight.data_ptr()) == (dtype, data)
     largest = max(merged.abs().max().item(), original.abs().max().item())
-    torch.testing.assert_close(weight.double(), original.double(), rtol=0, atol=1.01 * eps * largest)
+    torch.testing.assert_close(weight.double(), original.double(), rtol=0, atol=1.01 * eps_of(dtype) * largest)
+
+
+@pytest.mark.parametrize("keep_base", [[True, False], [False, True], [True, True], [False, False]], ids=str)
+def test_unmerging_after_several_merges_is_exact_if_the_first_of_them_kept_the_base(keep_base):
+    layer = adapted(base_layer((12, 7), dtype=torch.bfloat16), "a", "b")
+    original, x = layer.base_layer.weight.clone(), inputs(layer, dtype=torch.bfloat16)
+    want = layer(x)
+    for name, keep in zip("ab", keep_base, strict=True):
+        layer.merge(adapter_names=[name], keep_base=keep)
+    layer.unmerge()
+    assert torch.equal(layer.base_layer.weight, original) == keep_base[0]
+    torch.testing.assert_close(layer(x), want, **TOLERANCE["bfloat16", "forward"])
 
 
 def test_several_adapters_merge_together_or_one_by_one():
@@ -275,13 +310,15 @@ def test_merging_one_of_two_active_adapters_keeps_the_output():
     torch.testing.assert_close(layer(x), want, **TOLERANCE["float32", "forward"])
 
 
-def test_many_cycles_of_merging_do_not_drift():
+@pytest.mark.parametrize("keep_base", [True, False])
+def test_many_cycles_of_merging_do_not_drift(keep_base):
     layer = adapted(base_layer((12, 7)))
     original = layer.base_layer.weight.clone()
     for _ in range(10):
-        layer.merge()
+        layer.merge(keep_base=keep_base)
         layer.unmerge()
-    assert (layer.base_layer.weight - original).abs().max() < 3e-6  # PEFT: 3e-8 at |W| of order 0.1
+    drift = (layer.base_layer.weight - original).abs().max()
+    assert drift <= (0 if keep_base else 3e-6)  # PEFT: 3e-8 at |W| of order 0.1
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -316,28 +353,40 @@ def test_factors_keep_their_dtype_when_set_and_stay_parameters():
     )
 
 
-def test_backward_of_a_layer_keeps_no_tensor_of_the_size_of_its_bases():
-    layer = adapted(base_layer((12, 7)))
-    x = inputs(layer)
-    layer(x)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_backward_of_a_layer_keeps_no_tensor_of_the_size_of_its_bases(dtype):
+    layer = adapted(base_layer((12, 7), dtype=dtype))
+    x = inputs(layer, dtype=dtype)
+    layer(x)  # makes the one copy of B in this dtype, if B is stored in another
+    lam, gamma = layer.factors("a")
+    A, B = layer.randlora_A["a"], layer.randlora_B.on("a", x.device, dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         layer(x)
-    lam, gamma = layer.factors("a")
-    given = (x, layer.base_layer.weight, lam, gamma, layer.randlora_A["a"], layer.randlora_B["a"])
+    given = (x, layer.base_layer.weight, lam, gamma, A, B)
     assert kept
     storages = {tensor.untyped_storage().data_ptr() for tensor in given}
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= storages
+    assert layer.randlora_B.nbytes == layer.randlora_B["a"].nbytes + (B.nbytes if dtype != torch.bfloat16 else 0)
+    assert layer.randlora_A.nbytes == A.nbytes
+
+
+def package_modules():
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "randlora_torch"}
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
     """The package imported once more, without the suite's type checks, which dynamo cannot trace."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "randlora_torch"]:
-        monkeypatch.delitem(sys.modules, name)
+    checked = package_modules()
+    for name in checked:
+        del sys.modules[name]
     finders = [finder for finder in sys.meta_path if "jaxtyping" not in type(finder).__module__]
     monkeypatch.setattr(sys, "meta_path", finders)
-    return importlib.import_module("randlora_torch")
+    yield importlib.import_module("randlora_torch")
+    for name in package_modules():
+        del sys.modules[name]
+    sys.modules.update(checked)
 
 
 @pytest.mark.parametrize("case", [CASES["wide"], CASES["tall"], Case((8, 8), 3)], ids=["wide", "tall", "square"])

@@ -1,130 +1,36 @@
-"""Adapters on whole models: attached in place, several by name, saved and loaded, merged and switched off."""
+"""Adapters on whole models: attached in place, with PEFT's names and counts, on the layers that were meant."""
 
 import copy
-import dataclasses
 
 import numpy as np
 import pytest
 import torch
-from stacks import without_type_checks
 from tolerances import TOLERANCE
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import interop
-from interop import DEFAULT_RECIPE, Adapter, AdapterFormatError, RandLoraConfig
+from interop import RandLoraConfig
 from interop.shapes import count_trainable
-from randlora_torch import (
-    Linear,
-    RandLoraAdapter,
-    RandLoraLayer,
-    RandLoraMixin,
-    extract,
-    get_peft_model,
-    load_adapter,
+from randlora_torch import Linear, RandLoraModel, extract, get_peft_model, load_adapter
+from tests.torch.conftest import (
+    MLP,
+    MODELS,
+    TOKENS,
+    X,
+    assert_close,
+    assert_same,
+    config,
+    every_model,
+    layers_of,
+    llama,
+    loss_of,
+    mlp,
+    output,
+    randomize,
+    trained,
 )
-
-
-class MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6, bias=False)
-        self.norm, self.head = nn.LayerNorm(6), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(self.norm(self.down(torch.relu(self.up(x)))))
-
-
-def mlp(seed=0):
-    torch.manual_seed(seed)
-    return MLP()
-
-
-def llama(seed=0, **fields):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    heads = {"num_key_value_heads": 1, "vocab_size": 40, "max_position_embeddings": 16, "initializer_range": 0.3}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **fields})).eval()
-
-
-def gpt2(seed=0):
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16, initializer_range=0.3)
-    ).eval()
-
-
-def bert(seed=0):
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    return BertForSequenceClassification(
-        BertConfig(vocab_size=40, max_position_embeddings=16, initializer_range=0.3, **sizes)
-    ).eval()
-
-
-MODELS = {  # maker, targets, how many layers they are, the kind of base layer
-    "MLP": (mlp, ["up", "down"], 2, nn.Linear),
-    "Llama": (llama, ["q_proj", "v_proj", "down_proj"], 6, nn.Linear),
-    "GPT-2": (gpt2, ["c_attn", "c_fc"], 4, Conv1D),
-    "BERT": (bert, ["query", "value", "intermediate.dense"], 6, nn.Linear),
-}
-every_model = pytest.mark.parametrize("kind", MODELS)
-X = torch.randn(4, 6, generator=torch.Generator().manual_seed(9))
-TOKENS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(9))
-
-
-def config(targets, **fields):
-    """A small config; alpha = r keeps updates of order 1."""
-    return RandLoraConfig(**{"r": 3, "randlora_alpha": 3, "target_modules": targets, **fields})
-
-
-def output(model):
-    """Logits for a fixed input."""
-    with torch.no_grad():
-        return model(X) if isinstance(model, MLP) else model(TOKENS).logits
-
-
-def loss_of(model):
-    return (model(X) if isinstance(model, MLP) else model(TOKENS).logits).square().sum()
-
-
-def randomize(model, name="default", seed=0):
-    """Random lambda and gamma, as after training."""
-    generator = torch.Generator().manual_seed(seed)
-    for _, layer in layers_of(model, name):
-        for parameter in layer.factors(name):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 3)
-    return model
-
-
-def layers_of(model, name="default"):
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if isinstance(module, RandLoraLayer) and name in module.randlora_lambda
-    ]
-
-
-def trained(kind="MLP", name="default", **fields):
-    make, targets, _, _ = MODELS[kind]
-    return randomize(get_peft_model(make(), config(targets, **fields), name), name)
-
-
-def assert_same(got, want):
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
-
-
-def assert_close(got, want):
-    torch.testing.assert_close(got, want, **TOLERANCE["float32", "forward"])
 
 
 @every_model
@@ -134,7 +40,7 @@ def test_attaching_keeps_the_object_its_class_its_layers_names_and_its_output(ki
     want, before = output(model), type(model)
     assert get_peft_model(model, config(targets)) is model
     assert isinstance(model, before)
-    assert isinstance(model, RandLoraMixin)
+    assert isinstance(model, RandLoraModel)
     assert isinstance(model, PreTrainedModel) == (kind != "MLP")
     assert type(model).__name__ == f"{before.__name__}"
     layers = layers_of(model)
@@ -258,210 +164,6 @@ def test_a_deep_copy_computes_the_same_shares_its_own_bases_and_trains_apart():
     assert_same(output(model), want)
 
 
-@every_model
-def test_save_and_load_give_bit_equal_logits(kind, tmp_path):
-    model = trained(kind)
-    model.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    again = load_adapter(MODELS[kind][0](), tmp_path)
-    assert_same(output(again), output(model))
-    assert extract(again).recipe == extract(model).recipe == DEFAULT_RECIPE
-
-
-def test_a_named_adapter_is_saved_in_a_folder_of_its_name(tmp_path):
-    model = trained()
-    load_adapter(model, extract(trained(r=2, sparse=True)), "other")
-    model.save_pretrained(tmp_path)
-    for folder, name in ((tmp_path, "default"), (tmp_path / "other", "other")):
-        alone = load_adapter(mlp(), folder, name)
-        model.set_adapter(name)
-        assert_same(output(alone), output(model))
-    model.save_pretrained(tmp_path / "selected", selected_adapters=["other"])
-    assert [path.name for path in (tmp_path / "selected").iterdir()] == ["other"]
-    model.save_pretrained(tmp_path / "worker", is_main_process=False)
-    assert not (tmp_path / "worker").exists()
-
-
-def test_saving_changes_nothing_and_refuses_adapters_that_are_not_attached(tmp_path):
-    model = trained()
-    want, before = output(model), copy.deepcopy(model.state_dict())
-    model.save_pretrained(tmp_path)
-    assert_same(output(model), want)
-    assert_same(dict(model.state_dict()), dict(before))
-    with pytest.raises(ValueError, match=r"adapter 'nope' is not attached: the model has \['default'\]\."):
-        model.save_pretrained(tmp_path / "none", selected_adapters=["default", "nope"])
-    assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_factors_keep_their_dtype_through_save_and_load(dtype, tmp_path):
-    model = trained().to(dtype)
-    model.save_pretrained(tmp_path)
-    again = load_adapter(mlp().to(dtype), tmp_path)
-    assert {part.dtype for part in layers_of(again)[0][1].factors("default")} == {dtype}
-    with torch.no_grad():
-        assert_same(again(X.to(dtype)), model(X.to(dtype)))
-
-
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_a_loaded_adapter_trains_only_if_asked_to(is_trainable):
-    model = load_adapter(mlp(), extract(trained()), is_trainable=is_trainable)
-    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert len(trainable) == (4 if is_trainable else 0)
-    assert model.randlora_adapters["default"].recipe == DEFAULT_RECIPE
-
-
-def test_an_adapter_of_any_form_loads_alike(tmp_path):
-    model = trained()
-    model.save_pretrained(tmp_path)
-    adapter = extract(model)
-    hub = adapter.to_interop()
-    bare = dataclasses.replace(hub, bases=None, shapes=None)
-    for source in (adapter, hub, bare, tmp_path, str(tmp_path), RandLoraAdapter.from_interop(hub)):
-        assert_same(output(load_adapter(mlp(), source)), output(model))
-
-
-@pytest.mark.parametrize("wrong", [None, 3, {"r": 4}])
-def test_loading_something_else_is_a_type_error(wrong):
-    message = r"dir_or_adapter is a (NoneType|int|dict): pass an adapter folder or an adapter\."
-    with without_type_checks(), pytest.raises(TypeError, match=message):
-        load_adapter(mlp(), wrong)
-
-
-def test_extract_gives_the_current_factors_and_what_the_adapter_was_made_with():
-    model = trained()
-    adapter = extract(model)
-    assert adapter.modules == ("down", "up")
-    assert adapter.shapes == {"down": (6, 12), "up": (12, 6)}
-    assert adapter.config.r == 3
-    for name, layer in layers_of(model):
-        assert_same(adapter.delta_weight(name), layer.get_delta_weight("default").detach())
-        assert all(not part.requires_grad for part in adapter.factors[name])
-    randomize(model, seed=5)
-    assert_same(adapter.factors["up"].lam, model.up.factors("default").lam.detach())
-    assert isinstance(adapter.to_interop(), Adapter)
-
-
-def test_extract_needs_a_name_if_there_are_several_adapters_or_none():
-    with pytest.raises(ValueError, match=r"the model has the adapters \[\]: pass adapter_name to say which one\."):
-        extract(mlp())
-    model = load_adapter(trained(), extract(trained()), "b")
-    with pytest.raises(ValueError, match=r"the model has the adapters \['default', 'b'\]: pass adapter_name"):
-        extract(model)
-    with pytest.raises(ValueError, match=r"adapter 'c' is not attached: the model has \['default', 'b'\]\."):
-        extract(model, "c")
-    assert extract(model, "b").modules == ("down", "up")
-
-
-SECOND = {  # what PEFT gets wrong for a second adapter: its bases, its rank, its size
-    "sparse": {"sparse": True},
-    "smaller r": {"r": 2},
-    "larger r": {"r": 5},
-    "another seed": {"projection_prng_key": 7},
-    "fewer targets": {"targets": ["head"]},
-}
-
-
-@pytest.mark.parametrize("difference", SECOND)
-def test_a_second_adapter_neither_disturbs_the_first_nor_differs_from_being_alone(difference, tmp_path):
-    first, second = (
-        trained(),
-        randomize(get_peft_model(mlp(), config(**{"targets": ["up", "down"], **SECOND[difference]})), seed=1),
-    )
-    want_first, want_second = output(first), output(second)
-    second.save_pretrained(tmp_path)
-    model = load_adapter(first, tmp_path, "second")
-    assert_same(output(model), want_first)
-    model.set_adapter("second")
-    assert_same(output(model), want_second)
-    model.set_adapter("default")
-    assert_same(output(model), want_first)
-    model.save_pretrained(tmp_path / "both")
-    assert_same(output(load_adapter(mlp(), tmp_path / "both" / "second")), want_second)
-    assert_same(output(load_adapter(mlp(), tmp_path / "both")), want_first)
-
-
-def test_a_second_new_adapter_becomes_the_active_one_and_starts_at_no_update():
-    model = trained()
-    get_peft_model(model, config(["up", "head"], r=2), "second")
-    assert_same(output(model), output(mlp()))
-    assert list(model.randlora_adapters) == ["default", "second"]
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {f"{layer}.randlora_{part}.second" for layer in ("up", "head") for part in ("lambda", "gamma")}
-
-
-def test_active_adapters_add_up_and_set_adapter_says_which_of_them_train():
-    model = load_adapter(trained(), extract(trained(r=2, sparse=True)), "b")
-    assert {layer.active_adapters[0] for _, layer in layers_of(model)} == {"default"}
-    model.set_adapter(["default", "b"])
-    plain = mlp()
-    for name, layer in layers_of(model):
-        for adapter in ("default", "b"):
-            plain.get_submodule(name).weight.data += layer.get_delta_weight(adapter).detach()
-    assert_close(output(model), output(plain))
-    assert {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad} == {"default", "b"}
-    model.set_adapter("b")
-    assert {name.rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad} == {"b"}
-    with pytest.raises(ValueError, match=r"adapter 'c' is not attached: the model has \['default', 'b'\]\."):
-        model.set_adapter(["b", "c"])
-    assert model.up.active_adapters == ["b"]
-
-
-@every_model
-def test_a_merged_model_computes_the_same_and_unmerging_restores_it(kind):
-    model = trained(kind)
-    want = output(model)
-    weights = {name: layer.base_layer.weight.clone() for name, layer in layers_of(model)}
-    model.merge_adapter()
-    assert all(layer.merged for _, layer in layers_of(model))
-    assert_close(output(model), want)
-    model.merge_adapter()
-    assert_close(output(model), want)
-    model.unmerge_adapter()
-    for name, layer in layers_of(model):
-        torch.testing.assert_close(layer.base_layer.weight.data, weights[name], **TOLERANCE["float32", "merge"])
-    assert_close(output(model), want)
-
-
-def test_a_safe_merge_that_fails_in_one_layer_leaves_every_layer_as_it_was():
-    model = trained()
-    last = layers_of(model)[-1][0]
-    model.get_submodule(last).factors("default").gamma.data[0, 0] = float("nan")
-    weights = {name: layer.base_layer.weight.clone() for name, layer in layers_of(model)}
-    with pytest.raises(ValueError, match=rf"merging \['default'\] would make the weight of {last} not finite"):
-        model.merge_adapter(safe_merge=True)
-    for name, layer in layers_of(model):
-        assert not layer.merged
-        assert_same(layer.base_layer.weight.data, weights[name])
-
-
-def test_merging_an_adapter_that_is_not_attached_is_refused():
-    model = trained()
-    with pytest.raises(ValueError, match=r"adapter 'b' is not attached: the model has \['default'\]\."):
-        model.merge_adapter(["default", "b"])
-    assert not model.up.merged
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_with_the_adapter_disabled_the_model_computes_as_the_base_model(merged):
-    model = trained()
-    want = output(model)
-    if merged:
-        model.merge_adapter()
-    with model.disable_adapter():
-        assert_close(output(model), output(mlp()))
-    assert model.up.merged is merged
-    assert_close(output(model), want)
-
-
-def test_an_exception_while_disabled_still_enables_the_adapter_again():
-    model = trained()
-    want = output(model)
-    with pytest.raises(RuntimeError, match="inside"), model.disable_adapter():
-        raise RuntimeError("inside")
-    assert_same(output(model), want)
-
-
 def test_a_model_in_training_mode_keeps_its_mode_and_drops_inputs():
     model = get_peft_model(mlp().train(), config(["up"], randlora_dropout=0.5))
     randomize(model)
@@ -531,15 +233,6 @@ def test_init_weights_false_follows_torchs_seed():
     np.testing.assert_array_equal(made[0].gamma.detach(), np.float32(1 / 12))
 
 
-def test_the_recipe_of_the_bases_can_be_chosen_and_is_remembered(tmp_path):
-    fields = {"save_projection": False}
-    model = randomize(get_peft_model(mlp(), config(["up"], **fields), recipe="torch<=2.11"))
-    assert extract(model).recipe == "torch<=2.11"
-    model.save_pretrained(tmp_path)
-    assert_same(output(load_adapter(mlp(), tmp_path)), output(model))
-    assert_same(output(load_adapter(mlp(), tmp_path, recipe="torch<=2.11")), output(model))
-
-
 def test_the_name_of_the_base_model_is_recorded():
     model = llama()
     model.config._name_or_path = model.name_or_path = "some/base"
@@ -579,23 +272,6 @@ def test_names_that_torch_uses_itself_work_or_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"bias": "all"}, r"bias='all', modules_to_save=None: this release trains lambda and gamma only\. Use bias"),
-        ({"bias": "randlora_only"}, r"bias='randlora_only'"),
-        ({"modules_to_save": ["head"]}, r"modules_to_save=\('head',\): this release trains lambda and gamma only"),
-    ],
-)
-def test_biases_and_modules_to_save_are_refused_before_the_model_is_changed(fields, message):
-    model = mlp()
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(model, config(["up"], **fields))
-    assert type(model) is MLP
-    assert type(model.up) is nn.Linear
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
     ("targets", "message"),
     [
         (["norm"], r"entry 'norm' matches none of the 3 adaptable layers\. It matches 'norm', which is not a linear"),
@@ -608,46 +284,22 @@ def test_a_target_that_adapts_nothing_is_refused(targets, message):
         get_peft_model(mlp(), config(targets))
 
 
-def test_an_adapter_for_another_model_is_refused_and_the_model_stays_as_it_was():
-    other = nn.ModuleDict({"up": nn.Linear(6, 13)})
-    with pytest.raises(AdapterFormatError, match=r"the model lacks these adapted layers .*:\n  - down$"):
-        load_adapter(other, extract(trained()))
-    only_up = extract(randomize(get_peft_model(mlp(), config(["up"]))))
-    with pytest.raises(AdapterFormatError, match=r"up: the model has \(13, 6\), the adapter was made for \(12, 6\)"):
-        load_adapter(other, only_up)
-    assert type(other) is nn.ModuleDict
-    assert type(other["up"]) is nn.Linear
+REFUSED = [
+    ({"modules_to_save": ["nope"]}, r"modules_to_save entry 'nope' matches no module of the model\. Name it in full\."),
+    ({"modules_to_save": ["up"]}, r"modules_to_save=\('up',\) and layers_to_transform=None leaves no layer to adapt"),
+    ({"task_type": "SEQ_CLS"}, r"task_type='SEQ_CLS': the model has no head named classifier or score\."),
+    ({"task_type": "TOKEN_CLS"}, r"task_type='TOKEN_CLS': the model has no head named classifier or score\."),
+]
 
 
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        load_adapter(mlp(), tmp_path / "nowhere")
-
-
-def test_state_dicts_of_two_models_with_equal_adapters_are_interchangeable():
-    model, other = trained(), get_peft_model(mlp(1), config(["up", "down"]))
-    other.load_state_dict(model.state_dict())
-    assert_same(output(other), output(model))
-
-
-def test_a_later_adapter_stays_inactive_also_on_layers_that_the_first_does_not_adapt():
-    model, base = mlp(), mlp()
-    x = torch.randn(3, model.up.in_features)
-    get_peft_model(model, RandLoraConfig(r=4, target_modules=["up"]))
-    other = get_peft_model(mlp(), RandLoraConfig(r=4, target_modules=["down"], init_weights=False))
-    load_adapter(model, extract(other), "second")
-    torch.testing.assert_close(model(x), base(x))
-    model.set_adapter("second")
-    torch.testing.assert_close(model(x), other(x))
-
-
-def test_a_refused_layer_leaves_the_model_as_it_was():
+@pytest.mark.parametrize(("fields", "message"), REFUSED, ids=str)
+def test_a_refused_config_leaves_the_model_as_it_was(fields, message):
     model = mlp()
-    keys, kind = list(model.state_dict()), type(model)
-    with pytest.raises(ValueError, match="bias='all'"):
-        get_peft_model(model, RandLoraConfig(r=4, target_modules=["up"], bias="all"))
+    keys = list(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, config(["up"], **fields))
     assert list(model.state_dict()) == keys
-    assert type(model) is kind
+    assert type(model) is MLP
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 

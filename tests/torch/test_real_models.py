@@ -85,15 +85,6 @@ def test_merging_into_a_tied_head_leaves_the_embedding_alone_and_unmerging_ties_
     assert model.lm_head.base_layer.weight is embedding
 
 
-def test_a_parametrized_weight_cannot_be_merged_into():
-    layer = nn.utils.parametrizations.weight_norm(nn.Linear(16, 8))
-    model = adapted(nn.Sequential(layer))
-    want = model(inputs())
-    with pytest.raises(ValueError, match="nothing can be merged into 0: its weight is parametrized"):
-        model.merge_adapter()
-    torch.testing.assert_close(model(inputs()), want)
-
-
 def test_a_linear_layer_with_a_forward_of_its_own_is_no_target():
     class Scaled(nn.Linear):
         def forward(self, x):
@@ -118,22 +109,9 @@ def test_disable_adapter_can_be_nested():
         with model.disable_adapter():
             pass
         torch.testing.assert_close(model(inputs()), want)
-        with pytest.raises(ValueError, match="nothing can be merged into 0: adapters are disabled"):
+        with pytest.raises(ValueError, match="nothing can be merged while adapters are disabled"):
             model.merge_adapter()
     assert not torch.allclose(model(inputs()), want)
-
-
-def test_weights_on_the_meta_device_are_refused():
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(16, 8))
-    with pytest.raises(ValueError, match=r"the weights of \['0'\] are on the meta device"):
-        get_peft_model(model, config())
-
-
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
-def test_task_types_for_which_peft_trains_the_head_are_refused(task_type):
-    with pytest.raises(ValueError, match=f"task_type='{task_type}': for it PEFT trains the classification head along"):
-        get_peft_model(net(), config(task_type=task_type))
 
 
 def test_a_model_whose_part_is_adapted_is_refused():

@@ -1,6 +1,7 @@
 """The update in torch: the laws of both stacks, and what only torch has: saved tensors, torch.func, torch.compile."""
 
 import numpy as np
+import pytest
 import torch
 from stacks import CASES, SCALING, Stack, UpdateLaws, draw_layer, every_case, few_cases
 from tolerances import TOLERANCE
@@ -77,6 +78,51 @@ def test_the_update_passes_gradcheck_twice(case):
     for check in (torch.autograd.gradcheck, torch.autograd.gradgradcheck):
         assert check(lambda *f: delta_weight(A, B, *f, scaling=SCALING), (lam, gamma), fast_mode=True)
         assert check(lambda x, *f: apply(x, (A, B, *f), case), (x, lam, gamma), fast_mode=True)
+
+
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+
+
+@few_cases
+@HALF
+def test_products_run_in_the_dtype_of_x_after_lambda_and_gamma_were_applied_in_float32(case, dtype):
+    A, B, lam, gamma = layer_of(case, bases="float32")
+    x = torch.randn(4, case.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    scaled_A = ((SCALING * lam)[:, :, None] * A[:, None] * gamma).flatten(end_dim=1).to(dtype)  # (r*n, d)
+    B_flat = B.to(dtype).flatten(start_dim=1)  # (D, n*r)
+    want = (x @ scaled_A.T) @ B_flat.T if case.shape[0] >= case.shape[1] else (x @ B_flat) @ scaled_A
+    got = apply(x, (A, B, lam, gamma), case)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@few_cases
+@HALF
+def test_autocast_converts_float32_inputs_and_leaves_float64_ones_alone(case, dtype):
+    arguments = layer_of(case)
+    x = torch.randn(4, case.shape[1], generator=torch.Generator().manual_seed(0))
+    wide = apply(x.double(), arguments, case)
+    with torch.autocast("cpu", dtype):
+        got, untouched = apply(x, arguments, case), apply(x.double(), arguments, case)
+        dense = delta_weight(*arguments, scaling=SCALING)
+    torch.testing.assert_close(got, apply(x.to(dtype), arguments, case), rtol=0, atol=0)
+    torch.testing.assert_close(untouched, wide, rtol=0, atol=0)
+    torch.testing.assert_close(dense, delta_weight(*arguments, scaling=SCALING), rtol=0, atol=0)
+
+
+@few_cases
+@HALF
+def test_under_autocast_gradients_come_in_the_dtypes_of_their_arguments(case, dtype):
+    A, B, *trainable = layer_of(case)
+    x = torch.randn(4, case.shape[1], generator=torch.Generator().manual_seed(0))
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, *trainable)]
+    with torch.autocast("cpu", dtype):
+        y = apply(leaves[0], (A, B, *leaves[1:]), case)
+    grads = torch.autograd.grad(y.float().sum(), leaves)
+    want = torch.autograd.grad(apply(leaves[0], (A, B, *leaves[1:]), case).sum(), leaves)
+    for got, exact in zip(grads, want, strict=True):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, exact, **TOLERANCE[str(dtype).removeprefix("torch."), "gradient"])
 
 
 @few_cases
