@@ -274,8 +274,3 @@ def _log(what: str, roundings: dict[str, Rounding]) -> None:
             " in %s, %.2g of the update. Unmerged adapters are exact.",
             *(what, len(roundings), *mean, worst, roundings[worst].of_update),
         )
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether adapters are attached to this very model."""
-    return isinstance(model, AdapterSwitching)
