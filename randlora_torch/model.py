@@ -186,7 +186,8 @@ class RandLoraModel(AdapterSwitching):
             ValueError: see `merge_adapter`.
         """
         if adapter_names is not None:  # so that the modules and biases that stay are theirs
-            merged = {name for layer in adapted_layers(self).values() for name in layer.merged_adapters}
+            layers = self._mergeable_layers(as_names(adapter_names), safe_merge)
+            merged = {name for layer in layers.values() for name in layer.merged_adapters}
             self.set_adapter(as_names((*as_names(adapter_names), *sorted(merged))))
         self.merge_adapter(adapter_names, safe_merge, keep_base=False)
         return self._unload(keep_saved=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from interop.config import RandLoraConfig
 from randlora_torch.attach import Attached, AttachedAdapter, biases_outside, detach_layers, find_attached
-from randlora_torch.layer import BASE_ROWS, Rows
+from randlora_torch.layer import BASE_ROWS, RandLoraLayer, Rows
 from randlora_torch.merging import Rounding, is_sharded
 from randlora_torch.structure import adapted_layers, wrapped_modules
 
@@ -176,15 +176,7 @@ class AdapterSwitching:
                 `safe_merge`, would not be finite. Nothing is merged then.
         """
         names = None if adapter_names is None else as_names(adapter_names)
-        for name in names or ():
-            find_attached(self, name)
-        if self._randlora.disabled:
-            raise ValueError("nothing can be merged while adapters are disabled: enable_adapter_layers() first.")
-        layers = adapted_layers(self)
-        for name, layer in layers.items():  # all are checked before the first is changed
-            layer.check_writable(name)
-            if safe_merge:
-                layer.check_merge(names, name)
+        layers = self._mergeable_layers(names, safe_merge)
         roundings = {
             name: layer.merge(adapter_names=names, keep_base=keep_base)
             for name, layer in layers.items()
@@ -192,6 +184,19 @@ class AdapterSwitching:
         }
         _log("merging", roundings)
         return roundings
+
+    def _mergeable_layers(self, names: list[str] | None, safe_merge: bool) -> dict[str, RandLoraLayer]:
+        """All adapted layers, after checking, before the first is changed, that these adapters can be merged."""
+        for name in names or ():
+            find_attached(self, name)
+        if self._randlora.disabled:
+            raise ValueError("nothing can be merged while adapters are disabled: enable_adapter_layers() first.")
+        layers = adapted_layers(self)
+        for name, layer in layers.items():
+            layer.check_writable(name)
+            if safe_merge:
+                layer.check_merge(names, name)
+        return layers
 
     def unmerge_adapter(self) -> dict[str, Rounding]:
         """Take all merged adapters out of the base weights: bit for bit if they were kept, else with one rounding.

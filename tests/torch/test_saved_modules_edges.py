@@ -164,7 +164,6 @@ def test_of_adapters_merged_for_good_the_modules_and_biases_stay_and_no_others(f
     torch.testing.assert_close(output(plain.merge_and_unload(adapter_names="b")), want, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.xfail(reason="BUG: merge_and_unload sets the adapters active before a safe merge refuses", strict=True)
 def test_a_refused_merge_for_good_leaves_the_active_adapter_as_it_was():
     model = trained()
     randomize(get_peft_model(model, config(["up"], r=2), "b"), "b")
