@@ -64,15 +64,14 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
     Args:
         model: The model, with or without other adapters.
         adapter: The adapter; its bases are known.
-        adapter_name: Its name on this model.
+        adapter_name: Its name on this model, which `check_request` accepted.
         loaded: Whether it must bring the values of its modules and biases; a new one starts from the model's.
 
     Raises:
-        ValueError, AdapterFormatError: the name is taken or unusable, or the model cannot take this adapter.
+        ValueError, AdapterFormatError: the model cannot take this adapter.
     """
     config = adapter.config
     state: Attached = getattr(model, "_randlora", None) or Attached()
-    check_request(model, adapter_name)
     layers = {name: model.get_submodule(name) for name in adapter.modules}
     base = dict(base_modules(model))
     _check_attachable(model, state)
@@ -138,7 +137,11 @@ def detach_layers(model: nn.Module, *, empty_only: bool = False, keep_saved: boo
 
 
 def check_request(model: nn.Module, adapter_name: str) -> None:
-    """Whether an adapter can be attached under this name."""
+    """Check that an adapter can be attached under this name, before anything is loaded or made for it.
+
+    Raises:
+        TypeError, ValueError: the name is no string, not usable, or taken.
+    """
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name={adapter_name!r}: pass a string.")
     taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict, BufferDict))
@@ -147,12 +150,17 @@ def check_request(model: nn.Module, adapter_name: str) -> None:
             f"adapter_name={adapter_name!r}: must be a non-empty name without dots and slashes that is no attribute of"
             f" torch's containers, such as 'keys', nor {BASE_ROWS!r}. Choose another."
         )
-    adapters = model._randlora.adapters if hasattr(model, "_randlora") else {}
+    adapters = attached_to(model)
     if adapter_name in adapters:
         raise ValueError(
             f"adapter_name={adapter_name!r} is taken: the model has {list(adapters)}. Choose another name, delete it"
             " with model.delete_adapter(name), or set it to saved values with model.restore_adapter(folder, name)."
         )
+
+
+def attached_to(model: Any) -> dict[str, AttachedAdapter]:
+    """What is attached to this very model, by adapter name."""
+    return model._randlora.adapters if hasattr(model, "_randlora") else {}
 
 
 def find_attached(model: Any, adapter_name: str) -> AttachedAdapter:
@@ -161,7 +169,7 @@ def find_attached(model: Any, adapter_name: str) -> AttachedAdapter:
     Raises:
         ValueError: no adapter of this name is attached.
     """
-    attached = model._randlora.adapters if hasattr(model, "_randlora") else {}
+    attached = attached_to(model)
     if adapter_name not in attached:
         raise ValueError(f"adapter {adapter_name!r} is not attached: the model has {list(attached)}.")
     return attached[adapter_name]
@@ -186,7 +194,7 @@ def extract(
         ValueError: the model has no such adapter, or several and no name was given.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled model
-    attached = model._randlora.adapters if hasattr(model, "_randlora") else {}
+    attached = attached_to(model)
     if not attached:
         inside = [name for name, module in model.named_modules() if getattr(module, "_randlora", None)]
         hint = f" Its part {inside[0]!r} has one." if inside else " Attach one first."

@@ -21,7 +21,7 @@ from randlora_torch.bases import BufferDict
 from randlora_torch.extras import has_new_tokens
 from randlora_torch.loading import Source, attach_new, attach_saved, restore
 from randlora_torch.structure import adapted_layers, bnb_layers, floating_dtype
-from randlora_torch.switching import AdapterSwitching, Names, as_names, check_unmerged, input_sizes
+from randlora_torch.switching import AdapterSwitching, Names, as_names, check_unmerged, input_sizes, merged_into
 from randlora_torch.trainer import support_trainer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -186,9 +186,8 @@ class RandLoraModel(AdapterSwitching):
             ValueError: see `merge_adapter`.
         """
         if adapter_names is not None:  # so that the modules and biases that stay are theirs
-            layers = self._mergeable_layers(as_names(adapter_names), safe_merge)
-            merged = {name for layer in layers.values() for name in layer.merged_adapters}
-            self.set_adapter(as_names((*as_names(adapter_names), *sorted(merged))))
+            self._mergeable_layers(as_names(adapter_names), safe_merge)
+            self.set_adapter(as_names((*as_names(adapter_names), *sorted(merged_into(self)))))
         self.merge_adapter(adapter_names, safe_merge, keep_base=False)
         return self._unload(keep_saved=True)
 

@@ -132,7 +132,7 @@ class AdapterSwitching:
             ValueError: it is not attached, or merged into the base weights, or the model is sharded.
         """
         info, state = find_attached(self, adapter_name), self._randlora
-        if any(adapter_name in layer.merged_adapters for layer in adapted_layers(self).values()):
+        if adapter_name in merged_into(self):
             raise ValueError(f"adapter {adapter_name!r} is merged into the base weights: unmerge_adapter() first.")
         if any(map(is_sharded, self.parameters())):
             raise ValueError(
@@ -257,9 +257,14 @@ def input_sizes(inputs: Iterable[Any]) -> tuple[int, int] | None:
     return None if batch is None else (batch.shape[0], batch.shape[1] if batch.dim() > 1 else 1)
 
 
+def merged_into(model: nn.Module) -> set[str]:
+    """Names of the adapters that are merged into base weights."""
+    return {name for layer in adapted_layers(model).values() for name in layer.merged_adapters}
+
+
 def check_unmerged(model: nn.Module, except_for: Iterable[str] = ()) -> None:
     """Raise a ValueError if adapters other than these are merged: no other one could become active."""
-    merged = {name for layer in adapted_layers(model).values() for name in layer.merged_adapters} - set(except_for)
+    merged = merged_into(model) - set(except_for)
     if merged:
         raise ValueError(f"adapters {sorted(merged)} are merged into the base weights: unmerge_adapter() first.")
 

@@ -99,13 +99,13 @@ def llama_folder(tmp_path_factory):
     return folder
 
 
-def load_llama(folder, kind="plain", dtype=torch.float32, compute=torch.float32):
+def load_llama(folder, kind="plain", dtype=torch.float32, compute=torch.float32, device="cpu"):
     """The saved Llama, plain or quantized."""
     options = dict(QUANTIZATIONS.get(kind, ()))
     if "load_in_4bit" in options:
         options["bnb_4bit_compute_dtype"] = compute
     quantization = {"quantization_config": BitsAndBytesConfig(**options)} if options else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="cpu", **quantization)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map={"": device}, **quantization)
 
 
 def config(targets, **fields):

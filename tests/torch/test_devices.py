@@ -5,39 +5,18 @@ import copy
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from interop import RandLoraConfig
 from randlora_torch import BufferDict, extract, get_peft_model, load_adapter
+from tests.torch.conftest import TOKENS, load_llama
 
 pytest.importorskip("bitsandbytes")
 
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_gpu])]
 every_device = pytest.mark.parametrize("device", DEVICES)
-every_kind = pytest.mark.parametrize("kind", ["plain", "8-bit", "4-bit"])
+every_kind = pytest.mark.parametrize("kind", ["plain", "int8", "nf4"])
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-TOKENS = torch.randint(0, 40, (2, 7), generator=torch.Generator().manual_seed(9))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    path = tmp_path_factory.mktemp("llama")
-    LlamaForCausalLM(
-        LlamaConfig(num_key_value_heads=1, vocab_size=40, max_position_embeddings=16, initializer_range=0.2, **sizes)
-    ).save_pretrained(path)
-    return path
-
-
-def base_model(folder, kind, device, dtype=torch.float32):
-    if kind == "plain":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
-    options = {"load_in_8bit": True} if kind == "8-bit" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=BitsAndBytesConfig(**options), device_map={"": device}, dtype=dtype
-    )
 
 
 def config(**fields):
@@ -53,8 +32,10 @@ def logits(model, device):
 @every_device
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_adapter_trains_saves_reloads_and_merges(folder, tmp_path, kind, device, dtype):
-    model = get_peft_model(base_model(folder, kind, device, dtype), config(init_weights=True))
+def test_an_adapter_trains_saves_reloads_and_merges(llama_folder, tmp_path, kind, device, dtype):
+    model = get_peft_model(
+        load_llama(llama_folder, kind, dtype, compute=dtype, device=device), config(init_weights=True)
+    )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-2)
     losses = []
     for _ in range(6):
@@ -68,18 +49,18 @@ def test_an_adapter_trains_saves_reloads_and_merges(folder, tmp_path, kind, devi
     assert {basis.device.type for held in (model.randlora_A, model.randlora_B) for basis in held.values()} == {device}
     want = logits(model.eval(), device)
     model.save_pretrained(tmp_path)
-    again = load_adapter(base_model(folder, kind, device, dtype), tmp_path).eval()
+    again = load_adapter(load_llama(llama_folder, kind, dtype, compute=dtype, device=device), tmp_path).eval()
     torch.testing.assert_close(logits(again, device), want, rtol=0, atol=0)
     rounding = model.merge_adapter()
-    bound = {"plain": 1e-2 if dtype == torch.bfloat16 else 1e-6, "8-bit": 0.02, "4-bit": 0.15}[kind]
+    bound = {"plain": 1e-2 if dtype == torch.bfloat16 else 1e-6, "int8": 0.02, "nf4": 0.15}[kind]
     assert max(error.of_weight for error in rounding.values()) < bound
     model.unmerge_adapter()
     torch.testing.assert_close(logits(model, device), want, rtol=0, atol=0)
 
 
 @every_device
-def test_an_adapted_model_may_be_moved_and_its_bases_move_once(folder, device):
-    model = get_peft_model(base_model(folder, "plain", "cpu"), config()).eval()
+def test_an_adapted_model_may_be_moved_and_its_bases_move_once(llama_folder, device):
+    model = get_peft_model(load_llama(llama_folder), config()).eval()
     model.add_adapter("twin", config(target_modules=TARGETS))
     want = logits(model, "cpu")
     model.to(device)
