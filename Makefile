@@ -3,16 +3,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MODELS_VENV := .venv-models
+MODELS_BIN := $(MODELS_VENV)/bin
+MODELS_INSTALLED := $(MODELS_VENV)/.installed
 # Without an NVIDIA GPU, keep torch on its CPU build (see constraints.txt).
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint constraints.txt)
 
-.PHONY: demo test lint check bench clean
+.PHONY: demo test test-models lint check bench clean
 
 demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and TEXT=path are optional
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 
 test: $(INSTALLED)  ## the test suite; ARGS="-m slow" for the exhaustive cases
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+test-models: $(MODELS_INSTALLED)  ## third parties' JAX models, in an environment of their own; ARGS as above
+	$(MODELS_BIN)/python -m pytest tests/models $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -23,11 +29,18 @@ check: lint test  ## what CI runs
 bench: $(INSTALLED)  ## measure what the README claims, into benchmarks/results
 	$(BIN)/python benchmarks/bases.py
 	$(BIN)/python benchmarks/checkpoint.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(MODELS_VENV) build dist *.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	touch $@
+
+$(MODELS_INSTALLED): pyproject.toml tests/models/requirements.txt tests/models/constraints.txt
+	test -x $(MODELS_BIN)/python || $(PYTHON) -m venv $(MODELS_VENV)
+	$(MODELS_BIN)/python -m pip install --quiet --constraint tests/models/constraints.txt \
+		--requirement tests/models/requirements.txt --editable ".[jax,peft]"
 	touch $@

@@ -52,13 +52,15 @@ class LlamaConfig:
     tie_word_embeddings: bool = False
 
     @classmethod
-    def from_json(cls, path: Path) -> "LlamaConfig":
-        """Read transformers' config.json, of version 4 or 5.
+    def from_json(cls, path: Path, *, quantized: bool = False) -> "LlamaConfig":
+        """Read transformers' config.json, of version 4 or 5; of a quantized model only if told so.
 
         Raises:
             ValueError: the model is no Llama, or one with a part that this file does not compute.
         """
         given = {name: value for name, value in json.loads(path.read_text()).items() if value is not None}
+        if quantized:
+            given.pop("quantization_config", None)
         for name, only in (("model_type", "llama"), ("hidden_act", "silu"), ("quantization_config", None)):
             if given.get(name, only) != only:
                 raise ValueError(f"{path}: {name}={given[name]!r}, but this example supports only {only!r}.")
@@ -175,13 +177,15 @@ class Decoder(nnx.Module):
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=dtype, rngs=rngs)
         self.layers = nnx.List([DecoderLayer(config, dtype, rngs) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.remat = False  # True: the backward pass computes each layer anew, and so keeps little of the forward pass
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The last hidden states."""
         cos, sin = rotation(self.config, tokens.shape[1])
         x = self.embed_tokens(tokens)
+        call = nnx.remat(DecoderLayer.__call__) if self.remat else DecoderLayer.__call__
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = call(layer, x, cos, sin)
         return self.norm(x)
 
 
@@ -207,16 +211,24 @@ def next_token_loss(model: Llama, tokens: Int[Array, "B T+1"]) -> Float[Array, "
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-def load_llama(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Llama:
+def load_llama(
+    folder: str | os.PathLike, dtype: Any = jnp.float32, *, weights: Mapping[str, Any] | None = None
+) -> Llama:
     """The Llama that transformers' `save_pretrained` wrote to `folder`, stored and computed in `dtype`.
+
+    Args:
+        folder: Holds config.json and, without `weights`, the tensors.
+        dtype: Of all parameters that are not quantized.
+        weights: The tensors by their names in torch, as `randlora_jax.quantized.load_quantized(folder)` reads them.
+            Quantized kernels among them stay so; `attach` lets the layers read them.
 
     Raises:
         ValueError: the model is not supported, or its tensors are not exactly those of its config.json.
     """
     folder = Path(folder)
-    config = LlamaConfig.from_json(folder / "config.json")
+    config = LlamaConfig.from_json(folder / "config.json", quantized=weights is not None)
     model = nnx.eval_shape(lambda: Llama(config, dtype=dtype, rngs=nnx.Rngs(0)))  # shapes only, no memory
-    tensors = _read_tensors(folder, config)
+    tensors = _read_tensors(folder, config) if weights is None else dict(weights)
     params = {_torch_name(path): param for path, param in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     missing, left_over = sorted(params.keys() - tensors.keys()), sorted(tensors.keys() - params.keys())
     if missing or left_over:
@@ -226,13 +238,14 @@ def load_llama(folder: str | os.PathLike, dtype: Any = jnp.float32) -> Llama:
         )
     for name, param in params.items():
         tensor = tensors.pop(name)
-        if tensor.ndim == 2 and "embed_tokens" not in name:
+        quantized = hasattr(tensor, "dequantize")  # such a tensor is a kernel (in, out) already
+        if tensor.ndim == 2 and not quantized and "embed_tokens" not in name:
             tensor = tensor.T  # torch's (out, in) -> kernel (in, out)
         if tensor.shape != param.shape:
             raise ValueError(
                 f"{folder}: {name} has shape {tensor.shape}, config.json wants {param.shape} (as kernels)."
             )
-        param.set_value(jnp.asarray(tensor, dtype))
+        param.set_value(tensor if quantized else jnp.asarray(tensor, dtype))
     return model
 
 

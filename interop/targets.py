@@ -2,11 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from interop.config import RandLoraConfig
 
 MAX_LISTED = 20
+NOT_LINEAR = "not a linear layer"
 EMBEDDINGS = ("embed_tokens", "lm_head")  # whose base weights PEFT saves along if they are targeted or resized
 
 # What target_modules=None means, by the model_type of a transformers config: PEFT 0.21.2's table for RandLoRA.
@@ -38,12 +39,13 @@ def resolve_targets(
     layers: Sequence[str],
     *,
     output_layers: Iterable[str] = (),
-    other_modules: Iterable[str] = (),
+    other_modules: Iterable[str] | Mapping[str, str] = (),
 ) -> tuple[str, ...]:
     """The adaptable layers that `config` selects, in the order of `layers`.
 
     A list entry matches a layer of that name, or whose name ends in "." + entry; a string is a regular expression for
-    the whole name; "all-linear" is every layer except `output_layers`. `exclude_modules` follows the same rules, and
+    the whole name; "all-linear" is every layer except `output_layers`. Names may be written with "/" in place of ".",
+    as in JAX; then a regular expression must write it throughout. `exclude_modules` follows the same rules, and
     whatever lies in one of `modules_to_save` is left out. `layers_to_transform` restricts the layers that were not
     named in full.
 
@@ -51,12 +53,14 @@ def resolve_targets(
         config: What to adapt.
         layers: Names of all layers that can be adapted.
         output_layers: Names of the output heads, which "all-linear" leaves out.
-        other_modules: Names of modules that cannot be adapted, for a precise message when an entry means one of them.
+        other_modules: Names of modules that cannot be adapted, for a precise message when an entry means one of them;
+            a mapping also says what each of them is instead.
 
     Raises:
         ValueError: target_modules is None, an entry (or layer index) matches nothing, or nothing is left to adapt.
     """
-    wanted, others = config.target_modules, tuple(other_modules)
+    wanted = config.target_modules
+    others = dict(other_modules) if isinstance(other_modules, Mapping) else dict.fromkeys(other_modules, NOT_LINEAR)
     if wanted is None:
         raise ValueError(f"target_modules=None: name the layers to adapt, or use 'all-linear'. {_listing(layers)}")
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
@@ -91,11 +95,13 @@ def default_targets(model_type: str | None) -> str | tuple[str, ...] | None:
 
 def _matcher(entry: str, *, regex: bool) -> Callable[[str], bool]:
     if regex:
-        return lambda name: re.fullmatch(entry, name) is not None
-    return lambda name: name == entry or name.endswith("." + entry)
+        separator = "/" if "/" in entry else "."
+        return lambda name: re.fullmatch(entry, name.replace(".", separator)) is not None
+    dotted = entry.replace("/", ".")
+    return lambda name: name == dotted or name.endswith("." + dotted)
 
 
-def _select(field: str, wanted: str | tuple[str, ...], layers: Sequence[str], others: tuple[str, ...]) -> list[str]:
+def _select(field: str, wanted: str | tuple[str, ...], layers: Sequence[str], others: Mapping[str, str]) -> list[str]:
     """Layers matched by the entries of one config field; every entry must match at least one."""
     entries = (wanted,) if isinstance(wanted, str) else wanted
     matched: set[str] = set()
@@ -110,17 +116,25 @@ def _select(field: str, wanted: str | tuple[str, ...], layers: Sequence[str], ot
     return [name for name in layers if name in matched]
 
 
-def _no_match(field: str, entry: str, layers: Sequence[str], others: tuple[str, ...], *, regex: bool) -> str:
+def _no_match(field: str, entry: str, layers: Sequence[str], others: Mapping[str, str], *, regex: bool) -> str:
     message = f"{field} entry {entry!r} matches none of the {len(layers)} adaptable layers."
     if regex and any(map(_matcher(entry, regex=False), layers)):
         return f"{message} A string is a regular expression for the whole name; for a suffix write [{entry!r}]."
     unsupported = list(filter(_matcher(entry, regex=regex), others))
     if unsupported:
-        return f"{message} It matches {unsupported[0]!r}, which is not a linear layer. {_listing(layers)}"
-    endings = {".".join(name.split(".")[-k:]): None for name in layers for k in range(1, name.count(".") + 2)}
-    near = difflib.get_close_matches(entry, list(endings), n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+        name = unsupported[0]
+        return f"{message} It matches {name!r}, which is {others[name]}. {_listing(layers)}"
+    near = _nearest(entry.replace("/", "."), layers)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     return f"{message}{hint} {_listing(layers)}"
+
+
+def _nearest(entry: str, layers: Sequence[str]) -> list[str]:
+    """Up to three endings of names, of as many parts as the entry has, that it may be a misspelling of."""
+    count = entry.count(".") + 1
+    endings = list(dict.fromkeys(".".join(name.split(".")[-count:]) for name in layers))
+    close = difflib.get_close_matches(entry, endings, n=3, cutoff=0.75)
+    return close or difflib.get_close_matches(entry, endings, n=1, cutoff=0.5)
 
 
 def _listing(layers: Sequence[str]) -> str:

@@ -1,29 +1,62 @@
-"""RandLoRA (arXiv:2502.00987) for JAX and Flax: pure functions on any pytree, and adapters attached to NNX models."""
+"""RandLoRA (arXiv:2502.00987) for JAX and Flax: pure functions on any pytree, and adapters attached to Flax models."""
 
 from interop.config import RandLoraConfig
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import layer_bases, make_bases
 from randlora_jax.gradients import apply_delta, delta_weight
 from randlora_jax.layouts import Layout
-from randlora_jax.nnx import RandLoraParam, attach, detach, extract
-from randlora_jax.params import count_trainable, effective_params, init, merge, print_trainable_parameters, unmerge
+from randlora_jax.linen import lazy_params
+from randlora_jax.nnx import attach, detach, extract, model_layouts
+from randlora_jax.nnx_linear import RandLoraBases, RandLoraLinear
+from randlora_jax.nnx_places import active_adapter, adapter_names
+from randlora_jax.nnx_switching import bound_bases, delete_adapter, disable_adapters, enable_adapters, set_adapter
+from randlora_jax.nnx_weight import RandLoraBasis, RandLoraParam
+from randlora_jax.params import (
+    count_trainable,
+    effective_params,
+    find_targets,
+    init,
+    load_adapter,
+    merge,
+    print_trainable_parameters,
+    unmerge,
+)
+from randlora_jax.tracing import InferredLayouts, infer_layouts
+from randlora_jax.training import accumulate_gradients
 
 __all__ = [
+    "InferredLayouts",
     "Layout",
     "RandLoraAdapter",
+    "RandLoraBases",
+    "RandLoraBasis",
     "RandLoraConfig",
+    "RandLoraLinear",
     "RandLoraParam",
+    "accumulate_gradients",
+    "active_adapter",
+    "adapter_names",
     "apply_delta",
     "attach",
+    "bound_bases",
     "count_trainable",
+    "delete_adapter",
     "delta_weight",
     "detach",
+    "disable_adapters",
     "effective_params",
+    "enable_adapters",
     "extract",
+    "find_targets",
+    "infer_layouts",
     "init",
     "layer_bases",
+    "lazy_params",
+    "load_adapter",
     "make_bases",
     "merge",
+    "model_layouts",
     "print_trainable_parameters",
+    "set_adapter",
     "unmerge",
 ]

@@ -3,10 +3,12 @@
 import dataclasses
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from interop.adapter import Adapter, Factors, resolve_shape
@@ -24,12 +26,14 @@ class RandLoraAdapter:
     """A RandLoRA adapter (arXiv:2502.00987) on JAX arrays, keyed by module name, in torch's (out, in) coordinates.
 
     Attributes:
-        factors: lambda (r, n) and gamma (n, min(out, in)) of each adapted layer: the trainable leaves.
+        factors: lambda (r, n) and gamma (n, min(out, in)) of each adapted layer: the trainable leaves. A kernel that
+            holds several weights (`Layout.stack_axes`) has (weights, r, n) and (weights, n, min(out, in)).
         bases: A (r, 1, min_dim) and B (max_dim, n, r), frozen, shared by all layers.
         config: The adapter's `RandLoraConfig` (static).
         shapes: (name, (out, in)) of each adapted layer, or None if its file did not say (static).
         layouts: (name, Layout) of the kernels that are no plain 2-D matrices (static).
         recipe: Name of the recipe that made the bases, or None (static).
+        dtype: What the operands of the large products are rounded to, e.g. bfloat16; None: float32 or wider (static).
     """
 
     factors: dict[str, Factors]
@@ -38,6 +42,7 @@ class RandLoraAdapter:
     shapes: tuple[tuple[str, tuple[int, int]], ...] | None = dataclasses.field(default=None, metadata={"static": True})
     layouts: tuple[tuple[str, Layout], ...] = dataclasses.field(default=(), metadata={"static": True})
     recipe: str | None = dataclasses.field(default=None, metadata={"static": True})
+    dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -71,8 +76,17 @@ class RandLoraAdapter:
             raise ValueError(f"layouts are given for {unknown}, which are not adapted. The adapter has {self.modules}.")
         return dataclasses.replace(self, layouts=tuple({**dict(self.layouts), **layouts}.items()))
 
-    def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> Float[Array, "outputs inputs"]:
-        """The update of one layer in torch's (out, in) orientation, float32 or wider.
+    def with_bases_dtype(self, dtype: Any) -> "RandLoraAdapter":
+        """This adapter with its bases stored in another dtype, e.g. bfloat16, which halves their memory.
+
+        Rounded bases are other bases: files then hold them as they are, and `save_projection=False` is refused.
+        """
+        return dataclasses.replace(self, bases=Bases(*(array.astype(dtype) for array in self.bases)))
+
+    def delta_weight(
+        self, module: str, shape: tuple[int, int] | None = None
+    ) -> Float[Array, "*weights outputs inputs"]:
+        """The update of one layer in torch's (out, in) orientation, float32 or wider; of each weight stacked in it.
 
         Args:
             module: One of `adapter.modules`.
@@ -83,9 +97,14 @@ class RandLoraAdapter:
             ValueError: the shape is unknown or does not fit.
         """
         shape = resolve_shape(self, module, shape)
-        bases = layer_bases(self.bases, shape)
-        delta = delta_weight(*bases, *self.factors[module], scaling=self.config.scaling)  # (long, short)
-        return delta if shape[0] >= shape[1] else delta.T
+
+        def update(factors: Factors) -> Array:
+            bases = layer_bases(self.bases, shape)
+            delta = delta_weight(*bases, *factors, scaling=self.config.scaling, dtype=self.dtype)  # (long, short)
+            return delta if shape[0] >= shape[1] else delta.T
+
+        factors = self.factors[module]
+        return jax.vmap(update)(factors) if factors.lam.ndim > 2 else update(factors)
 
     @classmethod
     def from_interop(cls, adapter: Adapter) -> "RandLoraAdapter":
@@ -111,16 +130,45 @@ class RandLoraAdapter:
         return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
 
     def to_interop(self) -> Adapter:
-        """The same arrays in numpy."""
-        factors, bases = jax.tree.map(np.asarray, (self.factors, self.bases))
+        """The same arrays in numpy, each weight of a stacked kernel under its own name (`Layout.modules`).
+
+        Arrays that are spread over several processes are gathered: call it in all of them.
+        """
+        factors, bases = jax.tree.map(_to_host, (self.factors, self.bases))
+        layouts, shapes = dict(self.layouts), self.shapes and dict(self.shapes)
+        names = {name: _weight_names(name, layouts.get(name), pair.lam) for name, pair in factors.items()}
         return Adapter(
             config=self.config,
-            factors=factors,
+            factors={
+                module: pair if pair.lam.ndim == 2 else Factors(pair.lam[i], pair.gamma[i])
+                for name, pair in factors.items()
+                for i, module in enumerate(names[name])
+            },
             bases=bases,
             recipe=self.recipe,
-            shapes=self.shapes and dict(self.shapes),
+            shapes=shapes and {module: shapes[name] for name in names for module in names[name]},
         )
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the adapter in PEFT's format; see `interop.save`."""
-        save(self.to_interop(), directory)
+        """Write the adapter in PEFT's format; see `interop.save`. With several processes, call it in all of them.
+
+        The first process writes; the others return when it has.
+        """
+        adapter = self.to_interop()
+        if jax.process_index() == 0:
+            save(adapter, directory)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("randlora: adapter saved")
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
+def _weight_names(name: str, layout: Layout | None, lam: np.ndarray) -> list[str]:
+    """Names in adapter files of the weights whose factors stand in one array."""
+    if layout is not None and layout.modules is not None:
+        return [module for module in layout.modules if module is not None]
+    return [name] if lam.ndim == 2 else [f"{name}.{i}" for i in range(len(lam))]

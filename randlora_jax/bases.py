@@ -1,5 +1,6 @@
 """The frozen bases as JAX arrays: made by `interop`, stored once, sliced per layer."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,19 @@ from interop.bases import DEFAULT_RECIPE, Bases
 from interop.bases import make_bases as make_numpy_bases
 from interop.config import RandLoraConfig
 from interop.shapes import num_bases
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A basis as a constant of the traced function, out of reach of the transformations inside it."""
+
+    array: jax.Array
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Captured) and self.array is other.array
+
+    def __hash__(self) -> int:
+        return id(self.array)
 
 
 class LayerBases(NamedTuple):

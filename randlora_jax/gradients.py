@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from interop.shapes import check_factor_shapes
@@ -22,28 +24,41 @@ class _Operands(NamedTuple):
     lam: Array
     gamma: Array
 
-    def computed(self) -> "_Operands":
-        """In the dtype to compute in, B flattened to (D, n*r)."""
-        dtype = compute_dtype(self.lam, self.gamma)
-        A, B, lam, gamma = (array.astype(dtype) for array in self)
-        return _Operands(A, B.reshape(B.shape[0], -1), lam, gamma)
+    def computed(self, dtype: np.dtype | None) -> "_Operands":
+        """B flattened to (D, n*r), in the dtype of the products; the rest in float32 or wider."""
+        wide = compute_dtype(self.lam, self.gamma)
+        A, lam, gamma = (array.astype(wide) for array in (self.bases_A, self.lam, self.gamma))
+        return _Operands(A, self.bases_B.reshape(self.bases_B.shape[0], -1).astype(dtype or wide), lam, gamma)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _delta_weight(bases_A: Array, bases_B: Array, lam: Array, gamma: Array, scaling: float) -> Array:
-    A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed()
-    return scaling * (B @ scale_bases(A, lam, gamma))
+def _product(x: Array, y: Array) -> Array:
+    """`x @ y` of operands in the dtype of the narrower one, summed in float32 or wider."""
+    dtype, wide = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize), compute_dtype(x, y)
+    product = jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=wide)
+    # On CPU, XLA would fold a transposition of the product into it, and has no such product of bfloat16 in float32.
+    return product if dtype == wide else jax.lax.optimization_barrier(product)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _delta_weight(
+    bases_A: Array, bases_B: Array, lam: Array, gamma: Array, scaling: float, dtype: np.dtype | None
+) -> Array:
+    A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed(dtype)
+    return scaling * _product(B, scale_bases(A, lam, gamma))
 
 
 def _delta_weight_fwd(
-    bases_A: Array, bases_B: Array, lam: Array, gamma: Array, scaling: float
+    bases_A: Array, bases_B: Array, lam: Array, gamma: Array, scaling: float, dtype: np.dtype | None
 ) -> tuple[Array, _Operands]:
-    return _delta_weight(bases_A, bases_B, lam, gamma, scaling), _Operands(bases_A, bases_B, lam, gamma)
+    delta = _delta_weight(bases_A, bases_B, lam, gamma, scaling, dtype)
+    return delta, _Operands(bases_A, bases_B, lam, gamma)
 
 
-def _delta_weight_bwd(scaling: float, kept: _Operands, grad: Array) -> tuple[None, None, Array, Array]:
-    A, B, lam, gamma = kept.computed()
-    grads = factor_grads(A, lam, gamma, scaling * (B.T @ grad))
+def _delta_weight_bwd(
+    scaling: float, dtype: np.dtype | None, kept: _Operands, grad: Array
+) -> tuple[None, None, Array, Array]:
+    A, B, lam, gamma = kept.computed(dtype)
+    grads = factor_grads(A, lam, gamma, scaling * _product(B.T, grad))
     return None, None, grads.lam.astype(kept.lam.dtype), grads.gamma.astype(kept.gamma.dtype)
 
 
@@ -57,24 +72,34 @@ def delta_weight(
     gamma: Float[Array, "n d"],
     *,
     scaling: float,
+    dtype: DTypeLike | None = None,
 ) -> Float[Array, "D d"]:
     """Dense update `scaling * B (lam * A * gamma)`, long side first, in PEFT's pairing of flat indices.
 
     Row `k*n + b` of the scaled A meets column `b*r + k` of B: the sum of arXiv:2502.00987 up to a fixed shuffle of
     random columns. Costs O(D n r d) time and a (D, d) result, in float32 or wider. Differentiable in lam and gamma.
 
+    Args:
+        bases_A: See `layer_bases`; so is bases_B.
+        bases_B: May be stored in any floating dtype.
+        lam: Applied to A in float32 or wider, as gamma is.
+        gamma: See lam.
+        scaling: `config.scaling`.
+        dtype: What the factors of the large product are rounded to; it is summed in float32 or wider all the same.
+            None: not rounded.
+
     Raises:
         ValueError: the shapes do not fit each other.
     """
     check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
-    return _delta_weight(bases_A, bases_B, lam, gamma, scaling)
+    return _delta_weight(bases_A, bases_B, lam, gamma, scaling, None if dtype is None else np.dtype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _apply_delta(
     x: Array, bases_A: Array, bases_B: Array, lam: Array, gamma: Array, short_input: bool, scaling: float
 ) -> Array:
-    A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed()
+    A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed(None)
     scaled_A = scale_bases(A, lam, gamma)
     wide = x.astype(scaled_A.dtype)
     y = (wide @ scaled_A.T) @ B.T if short_input else (wide @ B) @ scaled_A
@@ -92,7 +117,7 @@ def _apply_delta_bwd(
     short_input: bool, scaling: float, residuals: tuple[Array, _Operands], grad: Array
 ) -> tuple[Array, None, None, Array, Array]:
     x, kept = residuals
-    A, B, lam, gamma = kept.computed()
+    A, B, lam, gamma = kept.computed(None)
     scaled_A = scale_bases(A, lam, gamma)
     rows_x = x.reshape(-1, x.shape[-1]).astype(scaled_A.dtype)  # (T, in)
     rows_g = scaling * grad.reshape(-1, grad.shape[-1]).astype(scaled_A.dtype)  # (T, out)

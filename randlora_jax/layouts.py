@@ -1,7 +1,7 @@
 """How a kernel of a JAX model relates to torch's 2-D weight (out, in), and how its path relates to a torch name.
 
 The layout is applied to dW only. lambda, gamma and the bases always stay in torch's coordinates, so that conversion is
-renaming.
+renaming and stacking.
 """
 
 import dataclasses
@@ -9,53 +9,146 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Axes of a kernel that the layer contracts with its input, and axes that it produces.
+    """Axes of a kernel that the layer contracts with its input, that it produces, and that number separate weights.
 
     Axis groups are read in the given order, in row-major fashion: a (heads, head_dim, model) output projection with
     in_axes (0, 1) and out_axes (2,) is torch's (model, heads * head_dim) weight.
 
+    A kernel with stack_axes holds several weights of one shape: the layers of a scan, the members of a vmap, experts,
+    or projections fused into one array. Each has its own lambda and gamma.
+
+    Attributes:
+        in_axes: Axes that are summed over with the input.
+        out_axes: Axes that appear in the output.
+        stack_axes: Axes over which separate weights are stacked, outermost transformation first.
+        modules: Names that the weights have in adapter files, one for each in row-major order of stack_axes. None in
+            place of a name leaves that weight unadapted. By default the kernel's own name, with the index appended
+            for stacked weights: "layers.q_proj.0", "layers.q_proj.1", and so on.
+
     Raises:
-        ValueError: the two groups are not a permutation of all axes of a kernel.
+        ValueError: the groups are not a permutation of all axes of a kernel.
     """
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
+    stack_axes: tuple[int, ...] = ()
+    modules: tuple[str | None, ...] | None = None
 
     def __post_init__(self) -> None:
         """Check that every axis stands in exactly one group."""
-        axes = (*self.in_axes, *self.out_axes)
+        for field in ("in_axes", "out_axes", "stack_axes"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))
+        axes = (*self.in_axes, *self.out_axes, *self.stack_axes)
         if sorted(axes) != list(range(len(axes))) or not self.in_axes or not self.out_axes:
             raise ValueError(
-                f"in_axes={self.in_axes}, out_axes={self.out_axes}: together they must name every axis 0..ndim-1 of"
-                " the kernel once, with at least one axis in each."
+                f"in_axes={self.in_axes}, out_axes={self.out_axes}, stack_axes={self.stack_axes}: together they must"
+                " name every axis 0..ndim-1 of the kernel once, with at least one axis in in_axes and in out_axes."
             )
+        if isinstance(self.modules, str):
+            raise ValueError(f"modules={self.modules!r}: pass a tuple of names, one for each stacked weight.")
+        if self.modules is not None:
+            object.__setattr__(self, "modules", tuple(self.modules))
+            names = [name for name in self.modules if name is not None]
+            if not names or len(set(names)) != len(names):
+                raise ValueError(f"modules={self.modules}: give at least one name, and none of them twice.")
 
     @property
     def ndim(self) -> int:
         """Number of axes of the kernel."""
-        return len(self.in_axes) + len(self.out_axes)
+        return len(self.in_axes) + len(self.out_axes) + len(self.stack_axes)
 
     def torch_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, int]:
-        """(out, in) of the torch weight that a kernel of this shape stands for.
+        """(out, in) of the torch weight that a kernel of this shape, or each weight stacked in it, stands for.
 
         Raises:
             ValueError: the kernel has another number of axes.
         """
-        if len(kernel_shape) != self.ndim:
-            raise ValueError(f"a kernel of shape {kernel_shape} does not have the axes of {self}.")
+        self._check(kernel_shape)
         out, inp = (math.prod(kernel_shape[axis] for axis in axes) for axes in (self.out_axes, self.in_axes))
         return out, inp
 
-    def to_kernel(self, weight: Float[Array, "outputs inputs"], kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
-        """A torch weight (out, in) in the layout of the kernel."""
-        order = self.out_axes + self.in_axes
+    def stack_shape(self, kernel_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Sizes of stack_axes, in their order; () for a kernel that is one weight.
+
+        Raises:
+            ValueError: the kernel has another number of axes.
+        """
+        self._check(kernel_shape)
+        return tuple(kernel_shape[axis] for axis in self.stack_axes)
+
+    def to_kernel(
+        self, weight: Float[Array, "*stack outputs inputs"], kernel_shape: tuple[int, ...]
+    ) -> Float[Array, "..."]:
+        """Torch weights (*stack_shape, out, in) in the layout of the kernel."""
+        order = (*self.stack_axes, *self.out_axes, *self.in_axes)
         split = weight.reshape([kernel_shape[axis] for axis in order])
         return split.transpose([order.index(axis) for axis in range(len(order))])
+
+    def to_torch(self, kernel: Float[Array, "..."]) -> Float[Array, "*stack outputs inputs"]:
+        """The inverse of `to_kernel`: torch weights (*stack_shape, out, in) of a kernel.
+
+        Raises:
+            ValueError: the kernel has another number of axes.
+        """
+        shape = (*self.stack_shape(kernel.shape), *self.torch_shape(kernel.shape))
+        return kernel.transpose((*self.stack_axes, *self.out_axes, *self.in_axes)).reshape(shape)
+
+    def module_names(self, name: str, kernel_shape: tuple[int, ...]) -> tuple[str | None, ...]:
+        """Names of the weights in adapter files; None marks one that is not adapted.
+
+        >>> Layout((1,), (2,), stack_axes=(0,)).module_names("layers.q_proj", (2, 8, 8))
+        ('layers.q_proj.0', 'layers.q_proj.1')
+
+        Raises:
+            ValueError: `modules` gives another number of names than there are weights.
+        """
+        stack = self.stack_shape(kernel_shape)
+        count = math.prod(stack)
+        if self.modules is None:
+            return tuple(f"{name}.{i}" for i in range(count)) if stack else (name,)
+        if len(self.modules) != count:
+            raise ValueError(
+                f"{name} has shape {kernel_shape}, that is {count} weights by {self}: give {count} names in modules."
+            )
+        return self.modules
+
+    def without_outer(self, count: int) -> "Layout":
+        """The layout of one slice, after transformations took the outermost `count` of stack_axes."""
+        if count == 0:
+            return self
+        gone, kept = self.stack_axes[:count], self.stack_axes[count:]
+        shift = {axis: axis - sum(other < axis for other in gone) for axis in range(self.ndim)}
+        renumbered = [tuple(shift[axis] for axis in axes) for axes in (self.in_axes, self.out_axes, kept)]
+        return Layout(*renumbered)
+
+    def align(self, array: Float[Array, "*weights rows columns"], kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
+        """Put stacked factors on the kernel's own stack_axes, so that a scan or vmap slices both alike.
+
+        The other axes are the two of the factor, then axes of size one, as many as the kernel has.
+        """
+        if not self.stack_axes:
+            return array
+        count = len(self.stack_axes)
+        padding = (1,) * (self.ndim - count - 2)
+        stacked = array.reshape(self.stack_shape(kernel_shape) + array.shape[1:] + padding)
+        return jnp.moveaxis(stacked, range(count), self.stack_axes)
+
+    def unalign(self, array: Float[Array, "..."]) -> Float[Array, "*weights rows columns"]:
+        """The inverse of `align`: (weights, rows, columns), without the first axis for a kernel that is one weight."""
+        count = len(self.stack_axes)
+        front = jnp.moveaxis(array, self.stack_axes, range(count))
+        rows_columns = front.shape[count : count + 2]
+        return front.reshape((-1, *rows_columns) if count else rows_columns)
+
+    def _check(self, kernel_shape: tuple[int, ...]) -> None:
+        if len(kernel_shape) != self.ndim:
+            raise ValueError(f"a kernel of shape {kernel_shape} does not have the axes of {self}.")
 
 
 IN_OUT = Layout(in_axes=(0,), out_axes=(1,))  # linen, NNX, haiku
@@ -64,10 +157,11 @@ _DEFAULTS = {"kernel": IN_OUT, "w": IN_OUT, "weight": OUT_IN}
 
 
 def path_parts(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """The parts of a pytree path as strings, without the "params" collection that linen puts first."""
-    parts = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-    if len(parts) > 1 and parts[-1] == "value" and parts[-2] in _DEFAULTS:  # nnx.State holds Variables
-        parts = parts[:-1]
+    """The parts of a pytree path as strings, without linen's "params" in front and the `.value` of a box at the end."""
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):  # nnx.Variable, nn.Partitioned
+        path = path[:-1]
+    keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
+    parts = tuple(part for key in keys for part in key.split("/"))  # haiku: {"mlp/~/linear_0": {"w": ...}}
     return parts[1:] if parts[:1] == ("params",) else parts
 
 

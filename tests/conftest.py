@@ -21,6 +21,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+# Eight devices for tests of meshes; before jax is imported anywhere.
+FORCED_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED_DEVICES}".strip()
+
 _checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("local", deadline=None, max_examples=25, suppress_health_check=_checks)
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None, print_blob=True)

@@ -1,6 +1,7 @@
 """The demo, a few steps of everything, in a process of its own as a user would run it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
 
 
 def run(*arguments):
-    done = subprocess.run([sys.executable, DEMO, "--smoke", *map(str, arguments)], capture_output=True, text=True)
+    command = [sys.executable, DEMO, "--smoke", *map(str, arguments)]
+    # Models this small only wait for a second thread; and the eight forced devices are for tests of meshes.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -66,7 +66,7 @@ def test_an_unknown_stack_is_refused_with_the_list_of_stacks(to):
         convert(draw_adapter(), to=to)
 
 
-@pytest.mark.parametrize("source", [None, 3, [1], {"a": 1}, object()], ids=repr)
+@pytest.mark.parametrize("source", [None, 3, [1], {"a": 1}, object()], ids=lambda source: type(source).__name__)
 def test_what_holds_no_adapter_is_refused_by_type(source):
     name = type(source).__name__
     message = (

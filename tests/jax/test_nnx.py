@@ -24,7 +24,7 @@ from randlora_jax import (
     effective_params,
     extract,
 )
-from randlora_jax.nnx import RandLoraBasis, RandLoraWeight
+from randlora_jax.nnx_weight import RandLoraBasis, RandLoraWeight
 
 
 class Net(nnx.Module):
@@ -151,7 +151,6 @@ def test_the_replaced_kernel_answers_like_the_param_it_stands_for():
     np.testing.assert_array_equal(jnp.asarray(kernel), effective)
     np.testing.assert_array_equal(kernel[1:3], effective[1:3])
     np.testing.assert_array_equal(kernel.astype(jnp.bfloat16), effective.astype(jnp.bfloat16))
-    np.testing.assert_array_equal(kernel.delta_weight(), extract(model).delta_weight("query"))
 
 
 def test_there_are_two_trainable_leaves_per_layer_and_one_pair_of_bases_per_model():
@@ -167,7 +166,7 @@ def test_there_are_two_trainable_leaves_per_layer_and_one_pair_of_bases_per_mode
 
 
 def test_lambda_and_gamma_are_lora_params_and_the_bases_are_no_params():
-    kernel = attached().layers[0].kernel
+    kernel = attached().layers[0].kernel.adapters["default"]
     assert isinstance(kernel.randlora_lambda, nnx.LoRAParam)
     assert isinstance(kernel.randlora_gamma, RandLoraParam)
     assert not isinstance(kernel.randlora_A, nnx.Param)
@@ -204,7 +203,7 @@ def test_training_moves_exactly_lambda_and_gamma_of_every_layer():
     }
     names = sorted(jax.tree_util.keystr(path, simple=True, separator=".") for path in moved)
     parts = ("randlora_gamma", "randlora_lambda")
-    assert names == sorted(f"{layer}.kernel.{part}" for layer in SHAPES for part in parts)
+    assert names == sorted(f"{layer}.kernel.adapters.default.{part}" for layer in SHAPES for part in parts)
 
 
 def test_gradients_reach_the_factors_as_through_the_written_out_model():
@@ -223,7 +222,7 @@ def test_gradients_reach_the_factors_as_through_the_written_out_model():
     chex.assert_trees_all_close(value, want_value, **TOLERANCE["float32", "gradient"])
     grads = nnx.to_pure_dict(grads)
     for name in SHAPES:
-        got = kernel_of(grads, name)
+        got = kernel_of(grads, name)["adapters"]["default"]
         got = Factors(got["randlora_lambda"], got["randlora_gamma"])
         chex.assert_trees_all_close(got, want[name], **TOLERANCE["float32", "gradient"])
 
@@ -284,10 +283,14 @@ def test_a_copy_computes_the_same_shares_its_own_bases_and_trains_apart(copied):
     twin = copied(model)
     np.testing.assert_array_equal(twin(batch()), want)
     assert len(jax.tree.leaves(nnx.state(twin, RandLoraBasis))) == 2
-    assert twin.layers[0].kernel.randlora_B is twin.query.kernel.randlora_B
+    assert basis(twin.layers[0]) is basis(twin.query)
     train(twin, steps=1)
     assert np.any(np.asarray(twin(batch()) != want))
     np.testing.assert_array_equal(model(batch()), want)
+
+
+def basis(layer):
+    return layer.kernel.adapters["default"].randlora_B
 
 
 def test_extract_gives_back_the_adapter_that_was_attached():
@@ -351,7 +354,7 @@ def test_attaching_something_else_is_a_type_error(wrong):
 def test_a_second_adapter_is_refused_and_the_first_stays():
     model = attached()
     want = model(batch())
-    with pytest.raises(ValueError, match=r"the model already has an adapter attached: detach\(model\) first\."):
+    with pytest.raises(ValueError, match=r"already has an adapter attached under the name 'default': pass another"):
         attach(model, CONFIG, layouts=LAYOUTS)
     np.testing.assert_array_equal(model(batch()), want)
 

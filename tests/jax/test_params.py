@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 from stacks import without_type_checks
 from tolerances import TOLERANCE
 
@@ -17,9 +17,11 @@ from interop.shapes import count_trainable as count_layer
 from randlora_jax import (
     Layout,
     RandLoraAdapter,
+    attach,
     count_trainable,
     delta_weight,
     effective_params,
+    extract,
     init,
     layer_bases,
     merge,
@@ -439,7 +441,10 @@ def test_an_adapter_from_torch_finds_a_3d_kernel_once_it_knows_the_layout():
             {"modules_to_save": ["head"]},
             r"modules_to_save=\('head',\): this stack trains with modules_to_save=None only",
         ),
-        ({"randlora_dropout": 0.1}, r"randlora_dropout=0\.1: this stack trains with randlora_dropout=0 only"),
+        (
+            {"randlora_dropout": 0.1},
+            r"randlora_dropout=0\.1: W \+ dW has no place for dropout\. Build the model from",
+        ),
     ],
 )
 def test_what_this_stack_cannot_train_is_refused(fields, message):
@@ -485,3 +490,12 @@ def test_a_key_must_be_concrete():
     params = {"up": {"kernel": array(8, 12)}}
     with pytest.raises(TypeError, match=r"pass a concrete jax\.random\.key\(0\), outside of jit"):
         jax.jit(lambda key: init(config("up", init_weights=False), params, key=key))(jax.random.key(0))
+
+
+def test_the_line_counts_an_nnx_models_own_parameters_and_its_adapter_once(capsys):
+    model = nnx.Sequential(nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 4, rngs=nnx.Rngs(0)))
+    attach(model, RandLoraConfig(r=2, target_modules="all-linear"))
+    print_trainable_parameters(extract(model), model)
+    trainable, base = 4 * (2 + 8) + 2 * (2 + 4), 8 * 16 + 16 + 16 * 4 + 4
+    want = f"trainable params: {trainable} || all params: {trainable + base} || "
+    assert capsys.readouterr().out.startswith(want)

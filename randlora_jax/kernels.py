@@ -1,0 +1,207 @@
+"""The kernels of a model: which parameters can be adapted, and W + dW of one kernel, stacked or sharded as it is."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+from jaxtyping import Array, Float
+
+from interop.adapter import Factors
+from interop.bases import Bases
+from interop.errors import bulleted
+from randlora_jax.bases import layer_bases
+from randlora_jax.gradients import delta_weight
+from randlora_jax.layouts import OUT_IN, Layout, default_layout, module_name, path_parts
+from randlora_jax.quantized import is_quantized
+
+
+class Kernel(NamedTuple):
+    """A parameter that can be adapted: its layout and its shape."""
+
+    layout: Layout
+    kernel_shape: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the torch weight that the kernel, or each weight stacked in it, stands for."""
+        return self.layout.torch_shape(self.kernel_shape)
+
+    def modules(self, name: str) -> dict[int, str]:
+        """Names in adapter files of the weights in a kernel called `name`, by index; without those not adapted."""
+        names = self.layout.module_names(name, self.kernel_shape)
+        return {index: module for index, module in enumerate(names) if module is not None}
+
+
+class Kernels(NamedTuple):
+    """What `find_kernels` finds.
+
+    Attributes:
+        kernels: Kernels that can be adapted, by dotted name.
+        refused: Why other parameters cannot be, by dotted name.
+        guessed: Names of leaves called "weight" that are taken for (out, in) by their name alone.
+    """
+
+    kernels: dict[str, Kernel]
+    refused: dict[str, str]
+    guessed: list[str]
+
+    @property
+    def unclear(self) -> list[str]:
+        """Names of kernels that only lack a `Layout`."""
+        return [name for name, reason in self.refused.items() if reason == NEEDS_LAYOUT]
+
+
+NEEDS_LAYOUT = "a kernel with more than two axes, which needs a Layout"
+NOT_A_KERNEL = "not a linear layer's kernel"
+
+
+def named_leaves(params: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Path and leaf of each parameter; a quantized kernel is one leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
+    return [(path_parts(path), leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
+
+
+def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping[str, Layout]) -> Kernels:
+    """Kernels that can be adapted, by dotted name, and why the other parameters cannot be.
+
+    Args:
+        leaves: Path and leaf of each parameter.
+        layouts: Layouts that do not follow from name and number of axes, by dotted name. Layouts by `infer_layouts`
+            are all there are: nothing is concluded from names then.
+
+    Raises:
+        ValueError: `layouts` names a parameter that does not exist, or does not fit its shape; or two parameters have
+            one name.
+    """
+    reasons = getattr(layouts, "refused", None)
+    found, used = Kernels({}, {}, []), set()
+    for parts, leaf in leaves:
+        name = module_name(parts)
+        layout = layouts.get(name)
+        if layout is None and reasons is None:
+            layout = default_layout(parts, len(leaf.shape))
+            found.guessed.extend([name] * (layout == OUT_IN))
+        if layout is None:
+            unclear = parts[-1] in ("kernel", "w") and len(leaf.shape) > 2
+            found.refused[name] = (reasons or {}).get(name) or (NEEDS_LAYOUT if unclear else NOT_A_KERNEL)
+        elif name in found.kernels:
+            raise ValueError(f"two parameters are called {name!r}, one of them by its leaf {parts[-1]!r}: rename one.")
+        else:
+            used.add(name)
+            found.kernels[name] = Kernel(layout, tuple(leaf.shape))
+            found.kernels[name].modules(name)  # refuses a wrong number of axes or names
+    unknown = sorted(set(layouts) - used)
+    if unknown:
+        names = [*found.kernels, *found.refused]
+        raise ValueError(f"layouts are given for {unknown}, which are no parameters. Names are {names}.")
+    return found
+
+
+def kernel_delta(
+    bases: Bases, factors: Factors, kernel: Kernel, *, scaling: float, dtype: np.dtype | None = None
+) -> Float[Array, "..."]:
+    """The update dW of all weights of a kernel, in its layout, float32 or wider; zero for weights not adapted.
+
+    Args:
+        bases: The shared bases; the part that these weights use is sliced from them.
+        factors: lam (r, n) and gamma (n, d), or (weights, r, n) and (weights, n, d) for a kernel with stack_axes.
+        kernel: Layout and shape of the kernel.
+        scaling: `config.scaling`.
+        dtype: See `delta_weight`.
+    """
+    layout, (out, inp) = kernel.layout, kernel.shape
+    parts = layer_bases(bases, (out, inp))
+
+    def update(factors: Factors) -> Array:
+        delta = delta_weight(*parts, *factors, scaling=scaling, dtype=dtype)  # (long, short)
+        return delta if out >= inp else delta.T
+
+    if not layout.stack_axes:
+        return layout.to_kernel(update(factors), kernel.kernel_shape)
+    stack = layout.stack_shape(kernel.kernel_shape)
+    deltas = jax.vmap(update)(factors)  # (weights, out, in)
+    if len(deltas) < math.prod(stack):
+        adapted = np.asarray(list(kernel.modules("")))
+        deltas = jnp.zeros((math.prod(stack), out, inp), deltas.dtype).at[adapted].set(deltas)
+    return layout.to_kernel(deltas.reshape(*stack, out, inp), kernel.kernel_shape)
+
+
+def combine_kernel(
+    weight: Array,
+    bases: Bases,
+    factors: Factors,
+    kernel: Kernel,
+    *,
+    scaling: float,
+    dtype: np.dtype | None = None,
+    combine: Callable[[Array, Array], Array] = jnp.add,
+) -> Array:
+    """W + dW, or another combination, of one kernel: computed in the wider dtype, returned in W's dtype and sharding.
+
+    Raises:
+        ValueError: W is not of a floating point dtype of at least 16 bits.
+    """
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or weight.dtype.itemsize < 2:
+        raise ValueError(f"a kernel of dtype {weight.dtype} cannot hold W + dW: dequantize it to float first.")
+
+    def combined(weight: Array, bases: Bases, factors: Factors) -> Array:
+        delta = kernel_delta(bases, factors, kernel, scaling=scaling, dtype=dtype)
+        return combine(weight.astype(jnp.promote_types(weight.dtype, delta.dtype)), delta).astype(weight.dtype)
+
+    sharding = jax.typeof(weight).sharding
+    if AxisType.Explicit in sharding.mesh.axis_types:  # slices and reshapes of sharded axes are XLA's to place
+        return jax.sharding.auto_axes(combined, out_sharding=sharding)(weight, bases, factors)
+    return combined(weight, bases, factors)
+
+
+def align_factors(factors: Factors, kernel: Kernel) -> Factors:
+    """Factors with their stack on the kernel's own axes (`Layout.align`), unless only some weights are adapted."""
+    if _is_partial(kernel.layout):
+        return factors
+    return Factors(*(kernel.layout.align(part, kernel.kernel_shape) for part in factors))
+
+
+def unalign_factors(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) -> tuple[Factors, Kernel]:
+    """The factors of `align_factors` and the kernel as they are now that a scan or vmap may have sliced them.
+
+    Args:
+        factors: Aligned factors, or slices of them.
+        kernel: The whole kernel.
+        shape: Shape of the kernel now: without those outermost stack_axes that the transformations took.
+
+    Raises:
+        ValueError: some weights of a sliced kernel are not adapted.
+    """
+    sliced = kernel.layout.ndim - len(shape)
+    if _is_partial(kernel.layout):
+        if sliced:
+            raise ValueError(
+                f"a kernel of shape {kernel.kernel_shape} is sliced by a scan or vmap, but only some of its weights are"
+                f" adapted ({kernel.layout.modules}): adapt all of them, or use effective_params."
+            )
+        return factors, kernel
+    layout = kernel.layout.without_outer(sliced)
+    return Factors(*map(layout.unalign, factors)), Kernel(layout, shape)
+
+
+def _is_partial(layout: Layout) -> bool:
+    return None in (layout.modules or ())
+
+
+def refuse_missing(adapted: Iterable[str], found: Iterable[str], names: Iterable[str]) -> None:
+    """Raise a ValueError if an adapted kernel was not found among the parameters.
+
+    Args:
+        adapted: The kernels of the adapter.
+        found: Those that were met with a known layout.
+        names: All parameters that were met.
+    """
+    found, names = set(found), set(names)
+    hint = ": it has no known layout, see adapter.with_layouts"
+    missing = [name + hint * (name in names) for name in adapted if name not in found]
+    if missing:
+        raise ValueError(bulleted("the parameters lack these adapted layers", missing))

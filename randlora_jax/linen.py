@@ -1,0 +1,113 @@
+"""Flax linen: variables whose adapted kernels become W + dW where the model reads them, not before.
+
+`Module.param` unboxes what it finds. A box that computes W + dW there does so inside `nn.scan` and `nn.remat`, for the
+layer at hand, so that no second copy of the kernels exists at any time, as one does with `effective_params`.
+"""
+
+import dataclasses
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import struct
+
+from interop.adapter import Factors
+from interop.bases import Bases
+from randlora_jax.adapter import RandLoraAdapter
+from randlora_jax.bases import Captured
+from randlora_jax.kernels import Kernel, align_factors, combine_kernel, unalign_factors
+from randlora_jax.linen_linear import RandLoraBases, RandLoraLinear, extract_adapter, insert_adapter
+from randlora_jax.params import map_kernels
+from randlora_jax.quantized import dequantize, is_quantized
+
+__all__ = ["RandLoraBases", "RandLoraBox", "RandLoraLinear", "extract_adapter", "insert_adapter", "lazy_params"]
+
+Params = TypeVar("Params")
+
+
+def lazy_params(params: Params, adapter: RandLoraAdapter) -> Params:
+    """Variables of linen with which a model computes W + dW at each access to an adapted W; see `effective_params`.
+
+    Call it inside the function that is jitted and differentiated, on arrays that are arguments of that function:
+
+        def loss(trainable, adapter, params, x):
+            variables = lazy_params(params, adapter.with_trainable(trainable))
+            return model.apply(variables, x).mean()
+
+    Works in `nn.scan`, `nn.vmap` and `nn.remat`, with the params on any of `variable_axes`. Quantized kernels, adapted
+    or not, are dequantized at access too; under `nn.scan` they must be stacked on axis 0.
+
+    Args:
+        params: The variables of a linen model, or its "params" collection; partitioning metadata is kept.
+        adapter: Made by `init` or `load_adapter` for these params.
+
+    Raises:
+        ValueError: `params` lacks an adapted layer or holds it in another shape.
+    """
+    captured = tuple(map(Captured, adapter.bases))
+
+    def box(leaf: Any, factors: Factors, kernel: Kernel) -> RandLoraBox:
+        update = _Update(kernel, captured, adapter.config.scaling, adapter.dtype)
+        return RandLoraBox(leaf, align_factors(factors, kernel), update)
+
+    def other(leaf: Any) -> Any:
+        return RandLoraBox(leaf, None, None) if is_quantized(nn.meta.unbox(leaf)) else leaf
+
+    def is_leaf(leaf: Any) -> bool:
+        return is_quantized(leaf) or isinstance(leaf, nn.meta.AxisMetadata)
+
+    return map_kernels(params, adapter, box, other=other, is_leaf=is_leaf, unboxed=nn.meta.unbox)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+    """What a box knows of its update besides arrays that a scan may slice."""
+
+    kernel: Kernel
+    bases: tuple[Captured, Captured]
+    scaling: float
+    dtype: np.dtype | None
+
+
+class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
+    """A kernel with its lambda and gamma on the same stack axes; `unbox` gives W + dW.
+
+    Attributes:
+        value: The frozen kernel, perhaps quantized, perhaps in a box of partitioning metadata.
+        factors: lambda and gamma, or None for a kernel that is only dequantized.
+        update: The static part, or None.
+    """
+
+    value: Any
+    factors: Factors | None
+    update: _Update | None = struct.field(pytree_node=False)
+
+    def unbox(self, apply_constraint: bool = True) -> jax.Array:
+        """W + dW of the kernel, or of the slice of it that a scan or vmap is working on."""
+        inner = self.value
+        if isinstance(inner, nn.meta.AxisMetadata):
+            inner = inner.unbox(apply_constraint)
+        weight = dequantize(inner)
+        if self.update is None or self.factors is None:
+            return weight
+        factors, kernel = unalign_factors(Factors(*self.factors), self.update.kernel, weight.shape)
+        bases = Bases(*(basis.array for basis in self.update.bases))
+        return combine_kernel(weight, bases, factors, kernel, scaling=self.update.scaling, dtype=self.update.dtype)
+
+    def replace_boxed(self, val: Any) -> "RandLoraBox":
+        """The box with another frozen kernel."""
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: dict[Any, Any]) -> "RandLoraBox":
+        """Tell partitioning metadata inside that a transformation stacked the kernel."""
+        return self._with_inner("add_axis", index, params)
+
+    def remove_axis(self, index: int, params: dict[Any, Any]) -> "RandLoraBox":
+        """Tell partitioning metadata inside that a transformation sliced the kernel."""
+        return self._with_inner("remove_axis", index, params)
+
+    def _with_inner(self, method: str, *arguments: Any) -> "RandLoraBox":
+        if not isinstance(self.value, nn.meta.AxisMetadata):
+            return self
+        return self.replace(value=getattr(self.value, method)(*arguments))

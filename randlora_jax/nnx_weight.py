@@ -1,0 +1,178 @@
+"""What stands for an adapted `nnx.Param`: it reads as W + dW, computed at each access."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from interop.adapter import Factors
+from interop.bases import Bases
+from interop.config import RandLoraConfig
+from interop.shapes import factor_shapes
+from randlora_jax.bases import Captured
+from randlora_jax.kernels import Kernel, align_factors, combine_kernel, unalign_factors
+from randlora_jax.layouts import Layout
+from randlora_jax.quantized import dequantize
+
+
+class RandLoraParam(nnx.LoRAParam):
+    """A factor of the active adapter: what `nnx.Optimizer(model, tx, wrt=RandLoraParam)` trains, nothing else.
+
+    A subclass of `nnx.LoRAParam`, by which Tunix and MaxText recognize adapters.
+    """
+
+
+class RandLoraInactive(nnx.Variable):
+    """A factor of an adapter that is attached but not active: no optimizer for `RandLoraParam` sees it."""
+
+
+class RandLoraBasis(nnx.Variable):
+    """One of the two frozen bases of an adapter. All layers share one pair: it appears once in the model's state."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What a layer knows of an adapter besides arrays; hashable, part of the graph definition."""
+
+    config: RandLoraConfig
+    kernel: Kernel
+    recipe: str | None
+    dtype: np.dtype | None
+
+
+class LayerAdapter(nnx.Module):
+    """One adapter's part in one kernel: lambda and gamma, and the bases that it shares with the other kernels."""
+
+    def __init__(self, factors: Factors, basis_A: RandLoraBasis, basis_B: RandLoraBasis, static: Static):
+        aligned = align_factors(factors, static.kernel)
+        self.randlora_lambda, self.randlora_gamma = RandLoraInactive(aligned.lam), RandLoraInactive(aligned.gamma)
+        self.randlora_A, self.randlora_B = basis_A, basis_B
+        self.static = static
+
+    @property
+    def bases(self) -> Bases:
+        """The arrays of the shared bases."""
+        held = (self.randlora_A, self.randlora_B)
+        return Bases(*(basis.array if isinstance(basis, Captured) else basis[...] for basis in held))
+
+    @property
+    def kernel(self) -> Kernel:
+        """The whole kernel, with stack_axes in front if `nnx.vmap` made many layers of the one that was written.
+
+        Raises:
+            ValueError: it stacked them on another axis than the first.
+        """
+        layout, shape = self.static.kernel
+        lam = self.randlora_lambda[...].shape
+        if layout.stack_axes or len(lam) == 2:
+            return self.static.kernel
+        stacked, (expected, _) = lam[:-2], factor_shapes(self.static.kernel.shape, self.static.config.r)
+        if lam[-2:] != expected:
+            raise ValueError(
+                f"lambda of shape {lam} is stacked on another axis than the first, where {expected} are its own:"
+                " make the layers with nnx.vmap(..., out_axes=0)."
+            )
+        moved = [tuple(axis + len(stacked) for axis in axes) for axes in (layout.in_axes, layout.out_axes)]
+        return Kernel(Layout(*moved, stack_axes=tuple(range(len(stacked)))), (*stacked, *shape))
+
+    def factors(self) -> Factors:
+        """The factors of the whole kernel, stacked as in `RandLoraAdapter.factors`."""
+        kernel = self.kernel
+        stored = Factors(self.randlora_lambda[...], self.randlora_gamma[...])
+        return unalign_factors(stored, kernel, kernel.kernel_shape)[0]
+
+    def add_to(self, weight: jax.Array) -> jax.Array:
+        """W + dW, for the kernel or the slice of it that a scan or vmap is working on."""
+        static = self.static
+        factors, kernel = self.now(weight.shape)
+        return combine_kernel(weight, self.bases, factors, kernel, scaling=static.config.scaling, dtype=static.dtype)
+
+    def hold(self, basis_A: RandLoraBasis | Captured, basis_B: RandLoraBasis | Captured) -> None:
+        """Hold the bases as Variables, or as constants that no transformation slices."""
+        mark = nnx.data if isinstance(basis_A, RandLoraBasis) else nnx.static
+        self.randlora_A, self.randlora_B = mark(basis_A), mark(basis_B)
+
+    def set_active(self, active: bool) -> None:
+        """Let optimizers for `RandLoraParam` see lambda and gamma, or not."""
+        kind = RandLoraParam if active else RandLoraInactive
+        for name in ("randlora_lambda", "randlora_gamma"):
+            variable = getattr(self, name)
+            if type(variable) is not kind:
+                setattr(self, name, kind.from_metadata(variable.get_value(), variable.get_metadata()))
+
+    def now(self, shape: tuple[int, ...]) -> tuple[Factors, Kernel]:
+        """Factors and kernel as they are where a kernel of this shape is read: a scan or vmap may have sliced them."""
+        stored = Factors(self.randlora_lambda[...], self.randlora_gamma[...])
+        return unalign_factors(stored, self.static.kernel, shape)
+
+
+class RandLoraWeight(nnx.Module):
+    """Stands for the `nnx.Param` of a kernel and reads as W + dW of the active adapter, or as W.
+
+    Also stands for a quantized kernel, adapted or not, which it dequantizes at each access.
+    """
+
+    def __init__(self, base: nnx.Variable):
+        self.base = base
+        self.adapters = nnx.Dict({})
+        self.active: str | None = None
+        self.enabled = True
+
+    @property
+    def active_adapter(self) -> LayerAdapter | None:
+        """The active adapter's part, None if there is none or it does not adapt this kernel."""
+        return None if self.active is None else self.adapters.get(self.active)
+
+    def get_value(self, *, index: Any = ...) -> jax.Array:
+        """The effective kernel W + dW, in W's dtype."""
+        weight = dequantize(self.base.get_value())
+        adapter = self.active_adapter
+        return (weight if adapter is None or not self.enabled else adapter.add_to(weight))[index]
+
+    def set_value(self, value: Any, **_: Any) -> None:
+        """Refused: W + dW is computed, not stored."""
+        raise ValueError("this kernel is adapted: detach(model) before writing to it, or write to its `.base`.")
+
+    value = property(get_value, set_value)
+    shape = property(lambda self: self.base.shape)
+    dtype = property(lambda self: self.base.dtype)
+    ndim = property(lambda self: self.base.ndim)
+
+    def __getitem__(self, index: Any) -> jax.Array:
+        return self.get_value(index=index)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.set_value(value)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[jax.Array]:
+        return iter(self.get_value())
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else an array has (`T`, `reshape`, `at`, ...), as nnx.Variable answers for its value."""
+        if name.startswith("_") or not hasattr(jax.Array, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.get_value(), name)
+
+    def __jax_array__(self) -> jax.Array:
+        return self.get_value()
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The effective kernel in another dtype."""
+        return self.get_value().astype(dtype)
+
+
+def _on_value(operator: str) -> Callable[..., jax.Array]:
+    return lambda self, *operands: getattr(self.get_value(), operator)(*operands)
+
+
+for _name in ("add", "sub", "mul", "truediv", "matmul", "pow"):
+    for _operator in (f"__{_name}__", f"__r{_name}__"):
+        setattr(RandLoraWeight, _operator, _on_value(_operator))
+for _operator in ("__neg__", "__abs__"):
+    setattr(RandLoraWeight, _operator, _on_value(_operator))

@@ -1,0 +1,118 @@
+"""Where an adapter lies on a mesh: partition specs for lambda, gamma and the bases, derived from the kernels' own.
+
+gamma's columns follow the short side of its kernel. B is sharded by rows, over those mesh axes of the kernels' long
+sides that divide it most. lambda and A are small and replicated. Optimizer states follow lambda and gamma.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from interop.adapter import Factors
+from interop.bases import Bases
+from randlora_jax.adapter import RandLoraAdapter
+from randlora_jax.kernels import named_leaves
+from randlora_jax.layouts import IN_OUT, Layout, module_name
+
+Tree = TypeVar("Tree")
+MeshAxes = tuple[str, ...]
+
+
+def adapter_specs(adapter: RandLoraAdapter, specs: Mapping[str, PartitionSpec], mesh: Mesh) -> RandLoraAdapter:
+    """The adapter with a `PartitionSpec` in place of each array.
+
+    An array whose axis the mesh does not divide evenly is replicated along it.
+
+    Args:
+        adapter: An adapter whose shapes are known.
+        specs: Specs of the kernels by `adapter.modules`; a kernel without one counts as replicated.
+        mesh: The mesh whose axes the specs name.
+
+    Raises:
+        ValueError: the adapter does not know its shapes.
+    """
+    if adapter.shapes is None:
+        raise ValueError("the adapter does not know the shapes of its layers: load_adapter(source, params) finds them.")
+    layouts = dict(adapter.layouts)
+    factors, long_sides = {}, collections.Counter()
+    for name, shape in adapter.shapes:
+        out, inp = _mesh_axes(specs.get(name, PartitionSpec()), layouts.get(name, IN_OUT))
+        long, short = (out, inp) if shape[0] >= shape[1] else (inp, out)
+        gamma, stacked = adapter.factors[name].gamma, adapter.factors[name].lam.ndim - 2
+        columns = _even(short, gamma.shape[-1], mesh)
+        factors[name] = Factors(PartitionSpec(), PartitionSpec(*[None] * (stacked + 1), columns))
+        long_sides[_even(long, adapter.bases.B.shape[0], mesh)] += 1
+    del long_sides[None]
+    rows = max(long_sides, key=lambda axes: (_devices(axes, mesh), long_sides[axes]), default=None)
+    return dataclasses.replace(adapter, factors=factors, bases=Bases(PartitionSpec(), PartitionSpec(rows)))
+
+
+def adapter_shardings(adapter: RandLoraAdapter, params: Any) -> RandLoraAdapter | None:
+    """The adapter with a `NamedSharding` in place of each array, to go with the shardings that `params` have.
+
+    `jax.device_put(adapter, shardings)` places the adapter; `shardings.trainable` is what a training step's
+    `out_shardings` should say, lest XLA chooses others for its outputs, which costs a second compilation.
+
+    Returns:
+        None if no parameter is spread over several devices.
+    """
+    return _shardings(adapter, named_leaves(params))
+
+
+def like_kernels(adapter: RandLoraAdapter, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> RandLoraAdapter:
+    """The adapter on the mesh of the parameters, given as paths and leaves; as it is if they lie on one device."""
+    shardings = _shardings(adapter, leaves)
+    return adapter if shardings is None else jax.device_put(adapter, shardings)
+
+
+def shardings_of(tree: Tree) -> Tree:
+    """The sharding of every array in a tree, such as an optimizer state, for `out_shardings`."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def pin(tree: Tree, shardings: Tree) -> Tree:
+    """The same values with the given shardings, inside jit: in a mesh with automatic and with explicit axes alike."""
+
+    def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        if AxisType.Explicit in sharding.mesh.axis_types:
+            return jax.sharding.reshard(leaf, sharding)
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def _shardings(adapter: RandLoraAdapter, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> RandLoraAdapter | None:
+    named = {module_name(parts): getattr(leaf, "sharding", None) for parts, leaf in leaves}
+    spread = {
+        name: sharding
+        for name, sharding in named.items()
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+    }
+    if not spread:
+        return None
+    mesh = next(iter(spread.values())).mesh
+    specs = adapter_specs(adapter, {name: sharding.spec for name, sharding in spread.items()}, mesh)
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def _mesh_axes(spec: PartitionSpec, layout: Layout) -> tuple[MeshAxes, MeshAxes]:
+    """Mesh axes of the rows (out) and columns (in) of the torch weight: those of the outermost axis of each group."""
+    entries = {axis: entry for axis, entry in enumerate(spec) if entry is not None}
+    groups = (entries.get(axes[0], ()) for axes in (layout.out_axes, layout.in_axes))
+    out, inp = ((entry,) if isinstance(entry, str) else tuple(entry) for entry in groups)
+    return out, inp
+
+
+def _even(axes: MeshAxes, size: int, mesh: Mesh) -> MeshAxes | None:
+    """The mesh axes if they divide `size` evenly, else None."""
+    return axes if axes and size % _devices(axes, mesh) == 0 else None
+
+
+def _devices(axes: MeshAxes, mesh: Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
