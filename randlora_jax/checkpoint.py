@@ -234,6 +234,9 @@ def _named(tree: Any) -> dict[str, Any]:
 def _kinds(tree: Any) -> dict[str, str]:
     """Dtype and shape of each array."""
     named = {name: leaf if hasattr(leaf, "dtype") else np.asarray(leaf) for name, leaf in _named(tree).items()}
+    for name, leaf in named.items():
+        if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSU":
+            raise ValueError(f"{name} is {leaf.tolist()!r}: a checkpoint holds arrays and numbers. Leave it out.")
     return {name: f"{leaf.dtype}{leaf.shape}" for name, leaf in named.items()}
 
 

@@ -1,5 +1,6 @@
 """The kernels of a model: which parameters can be adapted, and W + dW of one kernel, stacked or sharded as it is."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -80,6 +81,8 @@ def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping
     reasons = getattr(layouts, "refused", None)
     found, used = Kernels({}, {}, []), set()
     for parts, leaf in leaves:
+        if not parts:
+            raise ValueError("params is a single array, which has no name: pass a tree, such as {'name': array}.")
         name = module_name(parts)
         layout = layouts.get(name)
         if layout is None and reasons is None:
@@ -171,10 +174,10 @@ def unalign_factors(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) ->
     Args:
         factors: Aligned factors, or slices of them.
         kernel: The whole kernel.
-        shape: Shape of the kernel now: without those outermost stack_axes that the transformations took.
+        shape: Shape of the kernel now: without those stack_axes that the transformations took.
 
     Raises:
-        ValueError: some weights of a sliced kernel are not adapted.
+        ValueError: some weights of a sliced kernel are not adapted, or it is sliced along other axes.
     """
     sliced = kernel.layout.ndim - len(shape)
     if _is_partial(kernel.layout):
@@ -184,8 +187,32 @@ def unalign_factors(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) ->
                 f" adapted ({kernel.layout.modules}): adapt all of them, or use effective_params."
             )
         return factors, kernel
-    layout = kernel.layout.without_outer(sliced)
+    layout = _sliced_layout(factors, kernel, shape) if sliced else kernel.layout
     return Factors(*map(layout.unalign, factors)), Kernel(layout, shape)
+
+
+def _sliced_layout(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) -> Layout:
+    """The layout without the axes that are gone: the outermost ones, or those that the shapes tell."""
+    layout = kernel.layout
+    for gone in itertools.combinations(layout.stack_axes, max(layout.ndim - len(shape), 0)):
+        kept = [axis for axis in range(layout.ndim) if axis not in gone]
+        if [kernel.kernel_shape[axis] for axis in kept] == list(shape):
+            now = Kernel(layout.without(gone), shape)
+            if all(part.ndim == len(shape) and _is_aligned(part, now) for part in factors):
+                lam, gamma = map(now.layout.unalign, factors)
+                if (lam.shape[-1], min(now.shape)) == gamma.shape[-2:]:
+                    return now.layout
+    raise ValueError(
+        f"a kernel of shape {kernel.kernel_shape} is read as {shape}, but its layout is {layout}: give it the Layout"
+        " whose stack_axes are those that the model's scan or vmap slices, or use effective_params."
+    )
+
+
+def _is_aligned(part: Array, now: Kernel) -> bool:
+    """Whether a factor has the stack axes of this kernel, and besides them only its own two and axes of size one."""
+    stacked = now.layout.stack_axes
+    own = [size for axis, size in enumerate(part.shape) if axis not in stacked]
+    return all(part.shape[axis] == now.kernel_shape[axis] for axis in stacked) and set(own[2:]) <= {1}
 
 
 def _is_partial(layout: Layout) -> bool:

@@ -118,11 +118,9 @@ class Layout:
             )
         return self.modules
 
-    def without_outer(self, count: int) -> "Layout":
-        """The layout of one slice, after transformations took the outermost `count` of stack_axes."""
-        if count == 0:
-            return self
-        gone, kept = self.stack_axes[:count], self.stack_axes[count:]
+    def without(self, gone: tuple[int, ...]) -> "Layout":
+        """The layout of one slice, after transformations took these stack_axes."""
+        kept = tuple(axis for axis in self.stack_axes if axis not in gone)
         shift = {axis: axis - sum(other < axis for other in gone) for axis in range(self.ndim)}
         renumbered = [tuple(shift[axis] for axis in axes) for axes in (self.in_axes, self.out_axes, kept)]
         return Layout(*renumbered)

@@ -38,6 +38,11 @@ def lazy_params(params: Params, adapter: RandLoraAdapter) -> Params:
     Works in `nn.scan`, `nn.vmap` and `nn.remat`, with the params on any of `variable_axes`. Quantized kernels, adapted
     or not, are dequantized at access too; under `nn.scan` they must be stacked on axis 0.
 
+    What changes variables before the layer reads them would change W, lambda and gamma each by itself: with
+    `nn.map_variables`, `nn.WeightNorm`, `nn.SpectralNorm` or a `jax.tree.map` over the result, use `effective_params`.
+    Where `nn.vmap` gives one input to all its members, the trace cannot tell members from outputs: pass the `Layout` of
+    such kernels, with the vmapped axis in stack_axes.
+
     Args:
         params: The variables of a linen model, or its "params" collection; partitioning metadata is kept.
         adapter: Made by `init` or `load_adapter` for these params.

@@ -86,10 +86,19 @@ def model_layouts(model: nnx.Module, *inputs: Any) -> InferredLayouts:
         inputs: Example inputs, arrays or ShapeDtypeStructs.
     """
     bare = nnx.eval_shape(lambda: nnx.clone(model))
-    for place in places_of(bare):
+    places = places_of(bare)
+    for place in places:
         setattr(place.owner, place.attribute, place.base)
     graph, state = nnx.split(bare)
-    return infer_layouts(lambda state, *inputs: nnx.merge(graph, state)(*inputs), state, *inputs)
+    found = infer_layouts(lambda state, *inputs: nnx.merge(graph, state)(*inputs), state, *inputs)
+    names: dict[int, list[str]] = {}  # a tied parameter has several, of which the state holds one
+    for place in places:
+        names.setdefault(id(place.base), []).append(module_name(place.parts))
+    tied = {name: group for group in names.values() for name in group}
+    layouts = {other: layout for name, layout in found.items() for other in tied.get(name, ())}
+    refused = {other: reason for name, reason in found.refused.items() for other in tied.get(name, [name])}
+    held = "a parameter in a container that is no nnx.Module, nnx.List or nnx.Dict, where attach cannot replace it"
+    return InferredLayouts(layouts, refused | {name: held for name in found if name not in tied})
 
 
 def extract(model: nnx.Module, adapter_name: str | None = None) -> RandLoraAdapter:

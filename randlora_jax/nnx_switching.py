@@ -62,8 +62,9 @@ def bound_bases(model: Model) -> Iterator[Model]:
     """For models that scan over stacked layers: call them in this context, inside the loss function.
 
     `nnx.scan` and `nnx.vmap` slice every Variable of the layers they are given, and the bases, which all layers share,
-    must not be. Within the context they are constants of the function being traced. The alternative is to say so to
-    the transformation, in the model: `nnx.scan(in_axes=(nnx.StateAxes({RandLoraBasis: None, ...: 0}), nnx.Carry))`.
+    must not be: "scan got values with different leading axis sizes" is what jax says then. Within the context they are
+    constants of the function being traced. The alternative is to say so to the transformation, in the model:
+    `nnx.scan(in_axes=(nnx.StateAxes({RandLoraBasis: None, ...: 0}), nnx.Carry))`.
     """
     parts = [part for _, weight in adapted_weights(model) for part in weight.adapters.values()]
     held = [(part.randlora_A, part.randlora_B) for part in parts]

@@ -35,7 +35,8 @@ def init(
 
     Args:
         config: What to adapt and how. A list entry of target_modules matches a kernel of that name, or whose path ends
-            in it; a string is a regular expression for the whole path, with "." or "/" between its parts.
+            in it; a string is a regular expression for the whole path, with "." or "/" between its parts. Kernels
+            with `Layout.modules` are matched by those names.
         params: A pytree of arrays, ShapeDtypeStructs or quantized kernels. Names are dotted paths without the leaf's
             own "kernel", "w" or "weight". Without `layouts`, 2-D leaves named `kernel` or `w` are (in, out), those
             named `weight` (out, in), and nothing else is adapted.

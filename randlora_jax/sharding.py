@@ -53,13 +53,16 @@ def adapter_specs(adapter: RandLoraAdapter, specs: Mapping[str, PartitionSpec], 
 
 
 def adapter_shardings(adapter: RandLoraAdapter, params: Any) -> RandLoraAdapter | None:
-    """The adapter with a `NamedSharding` in place of each array, to go with the shardings that `params` have.
+    """The adapter with a `NamedSharding` in place of each array, to go with the shardings that its kernels have.
 
     `jax.device_put(adapter, shardings)` places the adapter; `shardings.trainable` is what a training step's
     `out_shardings` should say, lest XLA chooses others for its outputs, which costs a second compilation.
 
     Returns:
-        None if no parameter is spread over several devices.
+        None if no adapted kernel lies on a mesh.
+
+    Raises:
+        ValueError: the adapted kernels lie on different meshes.
     """
     return _shardings(adapter, named_leaves(params))
 
@@ -71,19 +74,25 @@ def like_kernels(adapter: RandLoraAdapter, leaves: Iterable[tuple[tuple[str, ...
 
 
 def shardings_of(tree: Tree) -> Tree:
-    """The sharding of every array in a tree, such as an optimizer state, for `out_shardings`."""
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+    """The sharding of every array in a tree, such as an optimizer state, for `out_shardings`.
+
+    None, which leaves the choice to XLA, for an array that lies where it does by default only, such as the step count
+    of an optimizer state.
+    """
+    return jax.tree.map(lambda leaf: leaf.sharding if getattr(leaf, "committed", True) else None, tree)
 
 
 def pin(tree: Tree, shardings: Tree) -> Tree:
     """The same values with the given shardings, inside jit: in a mesh with automatic and with explicit axes alike."""
 
-    def place(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    def place(leaf: jax.Array, sharding: Any) -> jax.Array:
+        if not isinstance(sharding, NamedSharding):  # a single device
+            return leaf
         if AxisType.Explicit in sharding.mesh.axis_types:
             return jax.sharding.reshard(leaf, sharding)
         return jax.lax.with_sharding_constraint(leaf, sharding)
 
-    return jax.tree.map(place, tree, shardings)
+    return jax.tree.map(place, tree, shardings, is_leaf=lambda leaf: leaf is None)
 
 
 def _shardings(adapter: RandLoraAdapter, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> RandLoraAdapter | None:
@@ -91,11 +100,15 @@ def _shardings(adapter: RandLoraAdapter, leaves: Iterable[tuple[tuple[str, ...],
     spread = {
         name: sharding
         for name, sharding in named.items()
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
+        if name in adapter.factors and isinstance(sharding, NamedSharding)
     }
     if not spread:
         return None
-    mesh = next(iter(spread.values())).mesh
+    meshes = {sharding.mesh: name for name, sharding in spread.items()}
+    if len(meshes) > 1:
+        on = ", ".join(f"{name!r} on {dict(mesh.shape)}" for mesh, name in meshes.items())
+        raise ValueError(f"the adapted kernels lie on different meshes: {on}. Put them on one, or adapt fewer.")
+    (mesh,) = meshes
     specs = adapter_specs(adapter, {name: sharding.spec for name, sharding in spread.items()}, mesh)
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)

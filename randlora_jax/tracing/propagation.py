@@ -119,9 +119,12 @@ def unknown(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Val
 def callee(eqn: JaxprEqn) -> Jaxpr | None:
     """The jaxpr that an equation calls with its own operands: jit, remat, custom_jvp, shard_map and the like."""
     jaxprs = [getattr(p, "jaxpr", p) for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
-    if len(jaxprs) != 1 or len(jaxprs[0].invars) != len(eqn.invars) or len(jaxprs[0].outvars) != len(eqn.outvars):
+    if len(jaxprs) != 1:
         return None
-    return jaxprs[0]
+    pairs = ((jaxprs[0].invars, eqn.invars), (jaxprs[0].outvars, eqn.outvars))
+    ranks = [[[len(shape) for shape in shapes_of(variables)] for variables in pair] for pair in pairs]
+    # Other ranks: not a call, but a function of numbers, such as the one that `lax.reduce` combines them by.
+    return jaxprs[0] if all(inner == outer for inner, outer in ranks) else None
 
 
 def call(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
