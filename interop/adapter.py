@@ -142,13 +142,19 @@ def init_adapter(
     for name, shape in shapes.items():
         shape_lam, shape_gamma = factor_shapes(shape, config.r)
         if config.init_weights:
-            lam, start = np.zeros(shape_lam, np.float32), 1 / max(shape_gamma)
+            lam = np.zeros(shape_lam, np.float32)
         elif rng is not None:
-            lam, start = rng.standard_normal(shape_lam, np.float32), 1 / max(shape)
+            lam = rng.standard_normal(shape_lam, np.float32)
         else:
             raise ValueError("init_weights=False draws lambda at random: pass rng=numpy.random.default_rng(seed).")
-        factors[name] = Factors(lam, np.full(shape_gamma, start, np.float32))
+        factors[name] = Factors(lam, np.full(shape_gamma, gamma_start(config, shape), np.float32))
     return Adapter(config=config, factors=factors, bases=bases, recipe=recipe, shapes=dict(shapes))
+
+
+def gamma_start(config: RandLoraConfig, shape: tuple[int, int]) -> float:
+    """What PEFT starts every entry of gamma with, in a layer of shape (out, in); see `init_adapter`."""
+    _, shape_gamma = factor_shapes(shape, config.r)
+    return 1 / max(shape_gamma if config.init_weights else shape)
 
 
 def resolve_shape(adapter: Any, module: str, shape: tuple[int, int] | None) -> tuple[int, int]:

@@ -92,6 +92,11 @@ class RandLoraConfig:
         """Whether the bases are ternary (`sparse` or `very_sparse`): then every recipe gives the same ones."""
         return self.sparse or self.very_sparse
 
+    def with_targets(self, target_modules: str | tuple[str, ...]) -> "RandLoraConfig":
+        """This config with other target_modules, and without the fields that select among them."""
+        selecting = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        return dataclasses.replace(self, target_modules=target_modules, **selecting)
+
     def require_no_head(self) -> None:
         """Refuse the task types for which PEFT trains the head, whatever `modules_to_save` says.
 

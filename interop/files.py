@@ -120,8 +120,7 @@ def _config_on_disk(adapter: Adapter) -> RandLoraConfig:
     config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
     if config.exclude_modules is None and config.target_modules != "all-linear":
         return config
-    nothing = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return dataclasses.replace(config, target_modules=adapter.modules, **nothing)
+    return config.with_targets(adapter.modules)
 
 
 def _parse_config(file: ConfigFile) -> RandLoraConfig:

@@ -15,9 +15,8 @@ from interop.adapter import Adapter, Factors, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.files import save
-from randlora_jax.bases import layer_bases
-from randlora_jax.gradients import delta_weight
-from randlora_jax.layouts import Layout
+from randlora_jax.kernels import torch_deltas
+from randlora_jax.layouts import Layout, weight_names
 
 
 @jax.tree_util.register_dataclass
@@ -97,14 +96,8 @@ class RandLoraAdapter:
             ValueError: the shape is unknown or does not fit.
         """
         shape = resolve_shape(self, module, shape)
-
-        def update(factors: Factors) -> Array:
-            bases = layer_bases(self.bases, shape)
-            delta = delta_weight(*bases, *factors, scaling=self.config.scaling, dtype=self.dtype)  # (long, short)
-            return delta if shape[0] >= shape[1] else delta.T
-
-        factors = self.factors[module]
-        return jax.vmap(update)(factors) if factors.lam.ndim > 2 else update(factors)
+        factors, scaling = self.factors[module], self.config.scaling
+        return torch_deltas(self.bases, factors, shape, scaling=scaling, dtype=self.dtype)
 
     @classmethod
     def from_interop(cls, adapter: Adapter) -> "RandLoraAdapter":
@@ -171,4 +164,4 @@ def _weight_names(name: str, layout: Layout | None, lam: np.ndarray) -> list[str
     """Names in adapter files of the weights whose factors stand in one array."""
     if layout is not None and layout.modules is not None:
         return [module for module in layout.modules if module is not None]
-    return [name] if lam.ndim == 2 else [f"{name}.{i}" for i in range(len(lam))]
+    return list(weight_names(name, len(lam) if lam.ndim > 2 else None))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
-from interop.adapter import Factors
+from interop.adapter import Factors, gamma_start
 from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.shapes import factor_shapes, shared_dims
@@ -54,8 +54,7 @@ def explicit_config(config: RandLoraConfig) -> RandLoraConfig:
         ValueError: the config asks for trained biases, modules_to_save, or a task type with a trained head.
     """
     refuse_unsupported(config)
-    nothing = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return dataclasses.replace(config, target_modules="all-linear", **nothing)
+    return config.with_targets("all-linear")
 
 
 def largest_sides(shapes: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -85,9 +84,8 @@ def start_factors(config: RandLoraConfig, shape: tuple[int, int], key: Callable[
         key: Called for the random key of lambda if `init_weights=False`.
     """
     shape_lam, shape_gamma = factor_shapes(shape, config.r)
-    if config.init_weights:
-        return Factors(jnp.zeros(shape_lam), jnp.full(shape_gamma, 1 / max(shape_gamma)))
-    return Factors(jax.random.normal(key(), shape_lam), jnp.full(shape_gamma, 1 / max(shape)))
+    lam = jnp.zeros(shape_lam) if config.init_weights else jax.random.normal(key(), shape_lam)
+    return Factors(lam, jnp.full(shape_gamma, gamma_start(config, shape)))
 
 
 def add_update(

@@ -104,6 +104,21 @@ def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping
     return found
 
 
+def torch_deltas(
+    bases: Bases, factors: Factors, shape: tuple[int, int], *, scaling: float, dtype: np.dtype | None = None
+) -> Float[Array, "*weights outputs inputs"]:
+    """The update dW of a weight of shape (out, in), or of several stacked ones, in torch's orientation.
+
+    The arguments are those of `kernel_delta`.
+    """
+
+    def update(factors: Factors) -> Array:
+        delta = delta_weight(*layer_bases(bases, shape), *factors, scaling=scaling, dtype=dtype)  # (long, short)
+        return delta if shape[0] >= shape[1] else delta.T
+
+    return jax.vmap(update)(factors) if factors.lam.ndim > 2 else update(factors)
+
+
 def kernel_delta(
     bases: Bases, factors: Factors, kernel: Kernel, *, scaling: float, dtype: np.dtype | None = None
 ) -> Float[Array, "..."]:
@@ -116,21 +131,15 @@ def kernel_delta(
         scaling: `config.scaling`.
         dtype: See `delta_weight`.
     """
-    layout, (out, inp) = kernel.layout, kernel.shape
-    parts = layer_bases(bases, (out, inp))
-
-    def update(factors: Factors) -> Array:
-        delta = delta_weight(*parts, *factors, scaling=scaling, dtype=dtype)  # (long, short)
-        return delta if out >= inp else delta.T
-
+    layout, shape = kernel.layout, kernel.shape
+    deltas = torch_deltas(bases, factors, shape, scaling=scaling, dtype=dtype)
     if not layout.stack_axes:
-        return layout.to_kernel(update(factors), kernel.kernel_shape)
+        return layout.to_kernel(deltas, kernel.kernel_shape)
     stack = layout.stack_shape(kernel.kernel_shape)
-    deltas = jax.vmap(update)(factors)  # (weights, out, in)
     if len(deltas) < math.prod(stack):
         adapted = np.asarray(list(kernel.modules("")))
-        deltas = jnp.zeros((math.prod(stack), out, inp), deltas.dtype).at[adapted].set(deltas)
-    return layout.to_kernel(deltas.reshape(*stack, out, inp), kernel.kernel_shape)
+        deltas = jnp.zeros((math.prod(stack), *shape), deltas.dtype).at[adapted].set(deltas)
+    return layout.to_kernel(deltas.reshape(*stack, *shape), kernel.kernel_shape)
 
 
 def combine_kernel(

@@ -111,7 +111,7 @@ class Layout:
         stack = self.stack_shape(kernel_shape)
         count = math.prod(stack)
         if self.modules is None:
-            return tuple(f"{name}.{i}" for i in range(count)) if stack else (name,)
+            return weight_names(name, count if stack else None)
         if len(self.modules) != count:
             raise ValueError(
                 f"{name} has shape {kernel_shape}, that is {count} weights by {self}: give {count} names in modules."
@@ -161,6 +161,11 @@ def path_parts(path: tuple[Any, ...]) -> tuple[str, ...]:
     keys = (jax.tree_util.keystr((key,), simple=True) for key in path)
     parts = tuple(part for key in keys for part in key.split("/"))  # haiku: {"mlp/~/linear_0": {"w": ...}}
     return parts[1:] if parts[:1] == ("params",) else parts
+
+
+def weight_names(name: str, count: int | None) -> tuple[str, ...]:
+    """Default names of the weights in a kernel, with the index appended if they are stacked; None: it is one weight."""
+    return (name,) if count is None else tuple(f"{name}.{i}" for i in range(count))
 
 
 def module_name(parts: tuple[str, ...]) -> str:

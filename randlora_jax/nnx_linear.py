@@ -68,11 +68,9 @@ class RandLoraLinear(nnx.Linear):
         super().__init__(in_features, out_features, rngs=rngs, **options)
         factors = start_factors(bases.config, (out_features, in_features), rngs.params)
         static = Static(bases.config, Kernel(IN_OUT, (in_features, out_features)), bases.recipe, None)
-        part = LayerAdapter(factors, bases.randlora_A, bases.randlora_B, static)
         weight = RandLoraWeight(self.kernel)
-        weight.adapters[ADAPTER_NAME] = part
-        weight.active = ADAPTER_NAME
-        part.set_active(True)
+        weight.adapters[ADAPTER_NAME] = LayerAdapter(factors, bases.randlora_A, bases.randlora_B, static)
+        weight.activate(ADAPTER_NAME)
         self.kernel = weight
         rate = bases.config.randlora_dropout
         self.dropout = nnx.Dropout(rate, rngs=_dropout_stream(rngs, rate) if rate else None)

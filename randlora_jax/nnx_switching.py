@@ -22,9 +22,7 @@ def set_adapter(model: Model, adapter_name: str) -> Model:
     """
     existing_adapter(model, adapter_name)
     for _, weight in adapted_weights(model):
-        weight.active = adapter_name
-        for name, part in weight.adapters.items():
-            part.set_active(name == adapter_name)
+        weight.activate(adapter_name)
     return model
 
 

@@ -121,6 +121,12 @@ class RandLoraWeight(nnx.Module):
         self.active: str | None = None
         self.enabled = True
 
+    def activate(self, adapter_name: str) -> None:
+        """Compute with the adapter of that name, if it has a part in this kernel, and let only it be trained."""
+        self.active = adapter_name
+        for name, part in self.adapters.items():
+            part.set_active(name == adapter_name)
+
     @property
     def active_adapter(self) -> LayerAdapter | None:
         """The active adapter's part, None if there is none or it does not adapt this kernel."""

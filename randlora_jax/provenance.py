@@ -16,7 +16,7 @@ from interop.errors import bulleted
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.kernels import named_leaves
 from randlora_jax.layouts import Layout, module_name
-from randlora_jax.nnx_weight import RandLoraWeight
+from randlora_jax.nnx_places import places_of
 
 FORMAT, VERSION = "randlora_jax.checkpoint", 1
 
@@ -99,8 +99,7 @@ def kernel_checksums(params: Any, modules: tuple[str, ...]) -> dict[str, str]:
 
 def _model_leaves(model: nnx.Module) -> list[tuple[tuple[str, ...], Any]]:
     """Path and leaf of each parameter, an adapted kernel under the path of what stands for it."""
-    weights = [(path, module) for path, module in nnx.iter_modules(model) if isinstance(module, RandLoraWeight)]
-    adapted = [(tuple(map(str, path)), weight.base.get_value()) for path, weight in weights]
+    adapted = [(place.parts, place.base.get_value()) for place in places_of(model) if place.adapted]
     return named_leaves(nnx.state(model, nnx.Param)) + adapted
 
 

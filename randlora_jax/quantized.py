@@ -6,6 +6,7 @@ whatever jit, scan or remat the layer runs in. Training saves memory under remat
 `stack`, too: of unrolled ones, XLA may dequantize all before it runs the first, as it does on CPU.
 """
 
+import abc
 import dataclasses
 import math
 import os
@@ -22,7 +23,7 @@ from randlora_jax.layouts import IN_OUT, Layout
 _STATIC = {"static": True}
 
 
-class _Quantized:
+class _Quantized(abc.ABC):
     """What both kinds share: they answer for the kernel's array, with one more leading axis for each that is stacked.
 
     The number of stacked axes follows from the leaves, as `lax.scan` and `vmap` slice those and nothing else.
@@ -32,9 +33,9 @@ class _Quantized:
     dtype: np.dtype
 
     @property
+    @abc.abstractmethod
     def stack_shape(self) -> tuple[int, ...]:
         """Sizes of the leading axes over which separate kernels are stacked; () for one kernel."""
-        raise NotImplementedError
 
     @property
     def shape(self) -> tuple[int, ...]:

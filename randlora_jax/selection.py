@@ -137,8 +137,7 @@ def _in_file_names(config: RandLoraConfig, shapes: Mapping[str, Any]) -> RandLor
             return config
     except ValueError:  # an entry names a kernel by its path, its weights have other names in files
         pass
-    nothing = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return dataclasses.replace(config, target_modules=tuple(shapes), **nothing)
+    return config.with_targets(tuple(shapes))
 
 
 def _layout_hint(unclear: list[str]) -> str:

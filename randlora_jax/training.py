@@ -53,15 +53,15 @@ def accumulate_gradients(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction={reduction!r}: choose 'mean' or 'sum'.")
 
-    dtypes = {name: leaf.dtype for name, leaf in _named(params) if name in adapter.factors}
-    wide = _replace(params, {name: _widened(leaf) for name, leaf in _named(params) if name in dtypes})
+    adapted = {name: leaf for name, leaf in _named(params) if name in adapter.factors}
+    wide = _replace(params, {name: _widened(leaf) for name, leaf in adapted.items()})
 
     def kernels_of(trainable: dict[str, Factors]) -> dict[str, jax.Array]:
         effective = dict(_named(effective_params(wide, adapter.with_trainable(trainable))))
-        return {name: effective[name] for name in dtypes}
+        return {name: effective[name] for name in adapted}
 
     wide_kernels, pull_back = jax.vjp(kernels_of, adapter.trainable)
-    kernels = {name: kernel.astype(dtypes[name]) for name, kernel in wide_kernels.items()}
+    kernels = {name: kernel.astype(adapted[name].dtype) for name, kernel in wide_kernels.items()}
 
     def loss_of(kernels: dict[str, jax.Array], batch: Any) -> Any:
         return loss(_replace(params, kernels), batch)

@@ -1,36 +1,22 @@
 """The demo, a few steps of everything, in a process of its own as a user would run it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import interop
-
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
-
-
-def run(*arguments):
-    command = [sys.executable, DEMO, "--smoke", *map(str, arguments)]
-    # Models this small only wait for a second thread; and the eight forced devices are for tests of meshes.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+from tests.examples.running import run
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return out, run("--out", out)
+    return out, run("demo.py", "--out", out)
 
 
 def test_the_demo_writes_adapter_picture_and_report(finished):
-    out, done = finished
-    assert done.stdout.splitlines()[-1] == f"wrote adapter, loss.png and report.md to {out}"
+    out, lines = finished
+    assert lines[-1] == f"wrote adapter, loss.png and report.md to {out}"
     adapter = interop.load(out / "adapter")
     assert len(adapter.modules) == 28
     assert any(part.any() for part in (lam for lam, _ in adapter.factors.values()))
@@ -72,7 +58,7 @@ def test_the_demo_takes_a_users_own_model_tokenizer_and_text(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "mine.txt").write_text(corpus, encoding="utf-8")
     save_llama_with_a_tokenizer(tmp_path / "model", corpus)
-    run("--model", tmp_path / "model", "--text", tmp_path / "text", "--out", tmp_path / "out")
+    run("demo.py", "--model", tmp_path / "model", "--text", tmp_path / "text", "--out", tmp_path / "out")
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
     assert len(interop.load(tmp_path / "out" / "adapter").modules) == 7

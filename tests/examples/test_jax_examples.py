@@ -1,10 +1,6 @@
 """The JAX examples, a few steps of everything, each in a process of its own as a user would run it."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,24 +10,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import interop
 from interop.bnb import read_folder
+from tests.examples import running
+from tests.examples.running import EXAMPLES, assert_tells_the_last_line
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = ["vit_linen.py", "llama_mesh.py", "accumulate_gradients.py", "train_4bit_jax.py"]
 
 
 def run(name, *arguments):
-    command = [sys.executable, EXAMPLES / name, "--smoke", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # to compile faster
-    environment.pop("XLA_FLAGS", None)  # the eight devices of these tests: an example has those that it makes itself
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-def assert_tells_the_last_line(name, line, out):
-    """The module docstring says what the last line is, with the default folder in it."""
-    source = (EXAMPLES / name).read_text(encoding="utf-8")
-    assert line.replace(str(out), f"runs/{name.removesuffix('.py')}") in source.split('"""')[1]
+    return running.run(name, *arguments, JAX_DISABLE_MOST_OPTIMIZATIONS="1")  # to compile faster
 
 
 def trained_modules(folder):

@@ -1,31 +1,11 @@
 """The torch examples, a few steps of everything, each in a process of its own as a user would run it."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import interop
-
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-def run(name, *arguments):
-    command = [sys.executable, EXAMPLES / name, "--smoke", *map(str, arguments)]
-    # Models this small only wait for a second thread, all the longer if the machine has other work.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.splitlines()
-
-
-def assert_tells_the_last_line(name, line, out):
-    """The module docstring says what the last line is, with the default folder in it."""
-    source = (EXAMPLES / name).read_text(encoding="utf-8")
-    assert line.replace(str(out), f"runs/{name.removesuffix('.py')}") in source.split('"""')[1]
+from tests.examples.running import assert_tells_the_last_line, run
 
 
 @pytest.fixture(scope="module")

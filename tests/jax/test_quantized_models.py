@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
-from test_quantized import eight_bit, four_bit
 from tolerances import TOLERANCE
 
 from interop import RandLoraConfig
@@ -26,6 +25,7 @@ from randlora_jax import (
 )
 from randlora_jax.nnx_weight import RandLoraWeight
 from randlora_jax.quantized import dequantize, from_bnb, is_quantized, stack
+from tests.jax.test_quantized import eight_bit, four_bit
 
 CONFIG = RandLoraConfig(r=3, randlora_alpha=3, target_modules=["up"])  # "down" is quantized, but not adapted
 
