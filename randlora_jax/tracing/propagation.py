@@ -153,13 +153,19 @@ def while_loop(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[
 
 def scan(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """The body, on slices of what is scanned; what it stacks gets its slices back."""
-    first, last = eqn.params["num_consts"], eqn.params["num_consts"] + eqn.params["num_carry"]
-    scope, length = id(eqn), eqn.params["length"]
+    body, scope, length = eqn.params["jaxpr"], id(eqn), eqn.params["length"]
+    # Constants and carry go into the body as they are, and carry comes out of it so; the rest has one more dim outside.
+    # (jax says how many there are of each in parameters of its own, by other names since 0.12.)
+    last, carried = _same_ranks(eqn.invars, body.jaxpr.invars), _same_ranks(eqn.outvars, body.jaxpr.outvars)
+    first = last - carried
     slices = [value.map(lambda track: track.take([0], scope)) for value in operands[last:]]
-    carry, stacked = _settle(
-        operands[first:last], lambda carry: walk.run(eqn.params["jaxpr"], operands[:first] + carry + slices)
-    )
+    carry, stacked = _settle(operands[first:last], lambda carry: walk.run(body, operands[:first] + carry + slices))
     return carry + [value.map(lambda track: track.give_back(scope, length)) for value in stacked]
+
+
+def _same_ranks(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    """How many variables have the same number of dims outside and inside of the body of a scan."""
+    return sum(len(a) == len(b) for a, b in zip(shapes_of(outer), shapes_of(inner), strict=True))
 
 
 def _settle(carry: list[Value], step: Callable[[list[Value]], list[Value]]) -> tuple[list[Value], list[Value]]:

@@ -23,3 +23,10 @@ def assert_tells_the_last_line(name, line, out):
     """The module docstring says what the last line is, with the default folder in it."""
     source = (EXAMPLES / name).read_text(encoding="utf-8")
     assert line.replace(str(out), f"runs/{name.removesuffix('.py')}") in source.split('"""')[1]
+
+
+def assert_is_short(name):
+    """An example is read from top to bottom in one go, and its options at a glance."""
+    lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 150
+    assert sum("add_argument(" in line for line in lines) <= 8

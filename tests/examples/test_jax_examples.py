@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import interop
 from interop.bnb import read_folder
 from tests.examples import running
-from tests.examples.running import EXAMPLES, assert_tells_the_last_line
+from tests.examples.running import assert_is_short, assert_tells_the_last_line
 
 NAMES = ["vit_linen.py", "llama_mesh.py", "accumulate_gradients.py", "train_4bit_jax.py"]
 
@@ -91,6 +91,4 @@ def test_an_adapter_trained_in_jax_over_nf4_has_the_same_loss_in_torch(tmp_path)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_is_short_and_has_few_options(name):
-    lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 150
-    assert sum("add_argument(" in line for line in lines) <= 8
+    assert_is_short(name)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import interop
-from tests.examples.running import assert_tells_the_last_line, run
+from tests.examples.running import assert_is_short, assert_tells_the_last_line, run
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,4 @@ def test_adapters_are_served_on_a_base_in_4_bits_that_the_example_trained_itself
 
 @pytest.mark.parametrize("name", ["sft_4bit.py", "serve_adapters.py"])
 def test_an_example_is_short_and_has_few_options(name):
-    lines = (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
-    assert len(lines) < 150
-    assert sum("add_argument(" in line for line in lines) <= 8
+    assert_is_short(name)
