@@ -9,7 +9,7 @@ MODELS_INSTALLED := $(MODELS_VENV)/.installed
 # Without an NVIDIA GPU, keep torch on its CPU build (see constraints.txt).
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint constraints.txt)
 
-.PHONY: demo test test-models lint check bench clean
+.PHONY: demo test test-models test-versions lint check bench clean
 
 demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and TEXT=path are optional
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
@@ -19,6 +19,16 @@ test: $(INSTALLED)  ## the test suite; ARGS="-m slow" for the exhaustive cases
 
 test-models: $(MODELS_INSTALLED)  ## third parties' JAX models, in an environment of their own; ARGS as above
 	$(MODELS_BIN)/python -m pytest tests/models $(ARGS)
+
+test-versions:  ## tests/jax with the oldest and the newest versions that pyproject.toml admits; PYTHON=python3.13 as well
+	for versions in oldest newest; do \
+		$(PYTHON) -m venv --clear .venv-$$versions && \
+		.venv-$$versions/bin/python -m pip install --quiet --editable ".[jax,orbax,qwix]" \
+			$$(test $$versions = newest || echo --constraint tests/jax/oldest.txt) \
+			beartype chex hypothesis pytest pytest-xdist && \
+		.venv-$$versions/bin/python -m pytest tests/jax --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS) \
+		|| exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -32,7 +42,7 @@ bench: $(INSTALLED)  ## measure what the README claims, into benchmarks/results
 	$(BIN)/python benchmarks/memory.py
 
 clean:
-	rm -rf $(VENV) $(MODELS_VENV) build dist *.egg-info
+	rm -rf $(VENV) $(MODELS_VENV) .venv-oldest .venv-newest build dist *.egg-info
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -2,7 +2,9 @@
 
 import os
 import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -29,14 +31,26 @@ def spread(seconds: list[float]) -> str:
 
 
 def write(name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...]) -> None:
-    """Print a Markdown table (first row: its head) and store it under results/, with hardware and versions."""
-    lines = [f"# {title}", "", f"{_cpu()}, {os.cpu_count()} cores, Python {platform.python_version()}, "]
+    """Print a Markdown table (first row: its head) and store it under results/, with hardware and versions.
+
+    What was measured on an accelerator goes into a file of its own.
+    """
+    accelerator = _accelerator()
+    machine = f"{_cpu()}, {os.cpu_count()} cores" + f", {accelerator}" * bool(accelerator)
+    name += "." + re.sub(r"\W+", "-", accelerator) if accelerator else ""
+    lines = [f"# {title}", "", f"{machine}, Python {platform.python_version()}, "]
     lines[-1] += ", ".join(f"{package} {version(package)}" for package in packages) + "."
     head, *body = rows
     lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)), ""]
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
+
+
+def _accelerator() -> str:
+    """Name of the device that jax computes on, if the benchmark uses jax and it is not the CPU."""
+    devices = sys.modules["jax"].devices() if "jax" in sys.modules else []
+    return devices[0].device_kind if devices and devices[0].platform != "cpu" else ""
 
 
 def _cpu() -> str:

@@ -1,18 +1,24 @@
-"""Temporary memory of one training step, as XLA compiled it: RandLoRA against full fine-tuning.
+"""Memory of one training step, as XLA compiled it: RandLoRA against full fine-tuning.
 
-Run `python benchmarks/memory.py`. Claim: on a scanned and rematerialized model, computing W + dW where the kernel is
+Run `python benchmarks/memory.py`. Claims: on a scanned and rematerialized model, computing W + dW where the kernel is
 read (`lazy_params`, and attached NNX models in `bound_bases`) takes at most 1.05 times the temporary memory of full
-fine-tuning. `effective_params`, which makes all W + dW before the model runs, is measured for comparison.
+fine-tuning, and the same over kernels that stay packed in 4 bits. `effective_params`, which makes all W + dW before the
+model runs, and layers that are not scanned are measured for comparison. Gradients of full fine-tuning are results, not
+temporaries: they and the optimizer's moments, three times the kernels with Adam, come on top of its figure.
 """
 
+import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import measure
+import numpy as np
 from flax import linen, nnx
 
+from interop.bnb import NF4, Weight4bit
 from randlora_jax import (
     Layout,
     RandLoraConfig,
@@ -22,44 +28,60 @@ from randlora_jax import (
     effective_params,
     init,
     lazy_params,
+    quantized,
 )
 
-LAYERS, WIDTH, TOKENS = 8, 512, 1024
 CONFIG = RandLoraConfig(r=32, target_modules=["dense"])
-LAYOUTS = {"layers.dense": Layout(in_axes=(1,), out_axes=(2,), stack_axes=(0,))}
 BOUND = 1.05
-X = jax.ShapeDtypeStruct((TOKENS, WIDTH), jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What the reference model is made of."""
+
+    layers: int
+    width: int
+    tokens: int
 
 
 class Layer(linen.Module):
     """A residual layer."""
 
+    width: int
+
     @linen.compact
     def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         """One step of the scan."""
-        return x + jnp.tanh(linen.Dense(WIDTH, use_bias=False, name="dense")(x)), None
+        return x + jnp.tanh(linen.Dense(self.width, use_bias=False, name="dense")(x)), None
 
 
 class Model(linen.Module):
-    """The reference model: layers scanned, and rematerialized or not."""
+    """The reference model: layers scanned or one after the other, rematerialized or not."""
 
+    sizes: Sizes
     remat: bool
+    scan: bool = True
 
     @linen.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """The mean of squares, a scalar."""
+        layers, width = self.sizes.layers, self.sizes.width
         layer = linen.remat(Layer) if self.remat else Layer
-        scanned = linen.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)
-        return (scanned(name="layers")(x, None)[0] ** 2).mean()
+        if self.scan:
+            scanned = linen.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=layers)
+            return (scanned(width, name="layers")(x, None)[0] ** 2).mean()
+        for i in range(layers):
+            x, _ = layer(width, name=f"layers_{i}")(x, None)
+        return (x**2).mean()
 
 
 class NnxModel(nnx.Module):
-    """The same model in NNX."""
+    """The scanned model in NNX."""
 
-    def __init__(self, remat: bool):
-        self.remat = remat
-        make = nnx.vmap(lambda rngs: nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=rngs), in_axes=0, out_axes=0)
-        self.layers = nnx.Dict({"dense": make(nnx.Rngs(0).split(LAYERS))})
+    def __init__(self, sizes: Sizes, remat: bool):
+        width, self.remat = sizes.width, remat
+        make = nnx.vmap(lambda rngs: nnx.Linear(width, width, use_bias=False, rngs=rngs), in_axes=0, out_axes=0)
+        self.layers = nnx.Dict({"dense": make(nnx.Rngs(0).split(sizes.layers))})
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """The mean of squares, a scalar."""
@@ -71,38 +93,68 @@ class NnxModel(nnx.Module):
         return (nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers["dense"]) ** 2).mean()
 
 
+def inputs(sizes: Sizes) -> jax.ShapeDtypeStruct:
+    """One batch."""
+    return jax.ShapeDtypeStruct((sizes.tokens, sizes.width), jnp.float32)
+
+
+def layouts(scan: bool) -> dict[str, Layout]:
+    """Of the scanned kernels; the others are (in, out)."""
+    return {"layers.dense": Layout(in_axes=(1,), out_axes=(2,), stack_axes=(0,))} if scan else {}
+
+
 def temporary_bytes(function: Callable[..., Any], *arguments: Any) -> int:
     """What the compiled function needs beyond its arguments and results."""
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-def linen_bytes(remat: bool) -> dict[str, int]:
-    """Full fine-tuning and the two ways of RandLoRA on the linen model."""
-    model = Model(remat)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros(X.shape))
-    adapter = init(CONFIG, params, layouts=LAYOUTS)
+def in_4_bits(shape: tuple[int, int]) -> quantized.Quantized4bit:
+    """A kernel of random codes, as `quantized.load_quantized` gives them."""
+    rng, count = np.random.default_rng(0), shape[0] * shape[1]
+    packed, absmax = rng.integers(0, 256, count // 2, dtype=np.uint8), rng.random(count // 64, dtype=np.float32)
+    code = tuple(np.array(NF4, np.float32).tolist())
+    return quantized.from_bnb(Weight4bit(packed, absmax, code, 64, shape[::-1], np.dtype(np.float32), "nf4"))
 
-    def loss_with(adapted: Callable[..., Any]) -> Callable[..., Any]:
+
+def packed(params: Any, sizes: Sizes) -> Any:
+    """The parameters with every kernel in 4 bits, stacked where they are scanned."""
+    kernel = in_4_bits((sizes.width, sizes.width))
+    stacked = quantized.stack([kernel] * sizes.layers)
+    return jax.tree.map(lambda leaf: stacked if leaf.ndim == 3 else kernel, params)
+
+
+def linen_bytes(sizes: Sizes, *, remat: bool, scan: bool = True) -> dict[str, tuple[int, int]]:
+    """Bytes of the frozen kernels and of temporaries: full fine-tuning and the ways of RandLoRA on the linen model."""
+    model, x = Model(sizes, remat, scan), inputs(sizes)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros(x.shape))
+    adapter = init(CONFIG, params, layouts=layouts(scan))
+
+    def gradients(adapted: Callable[..., Any]) -> Callable[..., Any]:
         def loss(trainable: Any, adapter: Any, params: Any, x: jax.Array) -> jax.Array:
             return model.apply(adapted(params, adapter.with_trainable(trainable)), x)
 
         return jax.grad(loss)
 
-    arguments = (adapter.trainable, adapter, params, X)
+    def with_adapter(adapted: Callable[..., Any], params: Any) -> tuple[int, int]:
+        frozen = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+        return frozen, temporary_bytes(gradients(adapted), adapter.trainable, adapter, params, x)
+
     return {
-        "full fine-tuning": temporary_bytes(jax.grad(model.apply), params, X),
-        "linen, lazy_params": temporary_bytes(loss_with(lazy_params), *arguments),
-        "linen, effective_params": temporary_bytes(loss_with(effective_params), *arguments),
+        "full fine-tuning": (0, temporary_bytes(jax.grad(model.apply), params, x)),
+        "linen, lazy_params": with_adapter(lazy_params, params),
+        "linen, lazy_params, nf4": with_adapter(lazy_params, packed(params, sizes)),
+        "linen, effective_params": with_adapter(effective_params, params),
     }
 
 
-def nnx_bytes(remat: bool) -> dict[str, int]:
-    """Full fine-tuning and RandLoRA on the NNX model."""
+def nnx_bytes(sizes: Sizes, *, remat: bool) -> dict[str, tuple[int, int]]:
+    """The same of full fine-tuning and RandLoRA on the NNX model."""
 
-    def gradients(kind: type, bound: bool) -> tuple[Callable[..., Any], Any]:
-        model = NnxModel(remat)
+    def gradients(kind: type, bound: bool) -> tuple[int, int]:
+        model = NnxModel(sizes, remat)
         if bound:
-            attach(model, CONFIG, layouts=LAYOUTS)
+            attach(model, CONFIG, layouts=layouts(scan=True))
+        frozen = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model, nnx.All(nnx.Param, nnx.Not(kind)))))
         graph, trainable, rest = nnx.split(model, kind, ...)
 
         def loss(trainable: Any, rest: Any, x: jax.Array) -> jax.Array:
@@ -112,28 +164,39 @@ def nnx_bytes(remat: bool) -> dict[str, int]:
             with bound_bases(merged):
                 return merged(x)
 
-        return jax.grad(loss), (trainable, rest)
+        return frozen, temporary_bytes(jax.grad(loss), trainable, rest, inputs(sizes))
 
-    full, full_arguments = gradients(nnx.Param, bound=False)
-    ours, arguments = gradients(RandLoraParam, bound=True)
     return {
-        "full fine-tuning, NNX": temporary_bytes(full, *full_arguments, X),
-        "NNX, attach and bound_bases": temporary_bytes(ours, *arguments, X),
+        "full fine-tuning, NNX": gradients(nnx.Param, bound=False),
+        "NNX, attach and bound_bases": gradients(RandLoraParam, bound=True),
     }
 
 
 def main() -> None:
-    """Measure with and without rematerialization, and check the claim."""
-    rows: list[tuple[str, ...]] = [("model", "method", "temporary MiB", "of full fine-tuning")]
-    for remat in (True, False):
-        for measured in (linen_bytes(remat), nnx_bytes(remat)):
-            full = next(iter(measured.values()))
-            for method, size in measured.items():
-                rows.append(("scan + remat" if remat else "scan", method, f"{size / 2**20:.2f}", f"{size / full:.3f}"))
-                if remat and "effective" not in method:
-                    assert size <= BOUND * full, f"{method}: {size / full:.3f} times full fine-tuning's memory"
-    title = f"Compiled temporary memory, {LAYERS} layers of {WIDTH} x {WIDTH}, {TOKENS} tokens, float32, r = 32"
-    measure.write("memory", title, rows, packages=("jax", "flax"))
+    """Measure with and without scan and rematerialization, and check the claim."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024)
+    sizes = Sizes(**vars(parser.parse_args()))
+    measured = {
+        "scan + remat": linen_bytes(sizes, remat=True),
+        "scan + remat, NNX": nnx_bytes(sizes, remat=True),
+        "scan": linen_bytes(sizes, remat=False),
+        "scan, NNX": nnx_bytes(sizes, remat=False),
+        "remat": linen_bytes(sizes, remat=True, scan=False),
+    }
+    rows: list[tuple[str, ...]] = [("model", "method", "frozen kernels, MiB", "temporary, MiB", "of full fine-tuning")]
+    for model, methods in measured.items():
+        _, full = next(iter(methods.values()))
+        for method, (frozen, temporary) in methods.items():
+            rows.append((model, method, f"{frozen / 2**20:.2f}", f"{temporary / 2**20:.2f}", f"{temporary / full:.3f}"))
+            if "scan + remat" in model and "effective" not in method:
+                assert temporary <= BOUND * full, f"{method}: {temporary / full:.3f} times full fine-tuning's memory"
+    name = "memory" if vars(sizes) == vars(Sizes(8, 512, 1024)) else f"memory_{sizes.width}"
+    shape = f"{sizes.layers} layers of {sizes.width} x {sizes.width}, {sizes.tokens} tokens"
+    title = f"Compiled memory of a step, {shape}, float32, r = 32"
+    measure.write(name, title, rows, packages=("jax", "flax"))
 
 
 if __name__ == "__main__":

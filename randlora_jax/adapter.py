@@ -32,7 +32,7 @@ class RandLoraAdapter:
         shapes: (name, (out, in)) of each adapted layer, or None if its file did not say (static).
         layouts: (name, Layout) of the kernels that are no plain 2-D matrices (static).
         recipe: Name of the recipe that made the bases, or None (static).
-        dtype: What the operands of the large products are rounded to, e.g. bfloat16; None: float32 or wider (static).
+        dtype: What the operands of the large products are rounded to, e.g. bfloat16; None: see `init` (static).
     """
 
     factors: dict[str, Factors]
@@ -97,7 +97,8 @@ class RandLoraAdapter:
         """
         shape = resolve_shape(self, module, shape)
         factors, scaling = self.factors[module], self.config.scaling
-        return torch_deltas(self.bases, factors, shape, scaling=scaling, dtype=self.dtype)
+        with jax.default_matmul_precision("highest"):
+            return torch_deltas(self.bases, factors, shape, scaling=scaling, dtype=self.dtype)
 
     @classmethod
     def from_interop(cls, adapter: Adapter) -> "RandLoraAdapter":

@@ -86,7 +86,7 @@ def delta_weight(
         gamma: See lam.
         scaling: `config.scaling`.
         dtype: What the factors of the large product are rounded to; it is summed in float32 or wider all the same.
-            None: not rounded.
+            None: what jax rounds float32 operands to (`jax.default_matmul_precision`), nothing on CPU.
 
     Raises:
         ValueError: the shapes do not fit each other.
@@ -147,7 +147,7 @@ def apply_delta(
 ) -> Float[Array, "*batch outputs"]:
     """`x @ dW.T` without forming dW, for a layer with weight (out, in); fewer operations when x has few rows.
 
-    The result has the dtype of x; the products are computed in float32 or wider.
+    The result has the dtype of x; the products are summed in float32 or wider, as `delta_weight` with dtype=None.
 
     Raises:
         ValueError: the shapes do not fit each other, or x is not floating point.

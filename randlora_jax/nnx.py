@@ -7,6 +7,7 @@ as it is, and each access computes the update inside whatever transformation it 
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -53,7 +54,7 @@ def attach(
             `{"attn.query": Layout((0,), (1, 2))}`.
         recipe: How the bases of a new adapter are drawn, see `interop.RECIPES`.
         rngs: Needed for a new adapter with `init_weights=False` only.
-        dtype: What the operands of the large products are rounded to, e.g. bfloat16. lambda and gamma stay float32.
+        dtype: What the operands of the large products are rounded to, e.g. bfloat16; see `init`.
 
     Raises:
         ValueError: the model has an adapter of that name, a target matches nothing, the adapter was made for another
@@ -126,7 +127,8 @@ def extract(model: nnx.Module, adapter_name: str | None = None) -> RandLoraAdapt
 def detach(model: Model, *, merge: bool = False) -> Model:
     """Take all adapters off `model`, in place; with `merge=True` the kernels keep W + dW of the active one.
 
-    Quantized kernels that nothing is merged into stay what they became in `attach`: they read as arrays.
+    That is computed in full precision, as by `merge`. Quantized kernels that nothing is merged into stay what they
+    became in `attach`: they read as arrays.
 
     Raises:
         ValueError: the model has no adapter.
@@ -138,7 +140,8 @@ def detach(model: Model, *, merge: bool = False) -> Model:
         weight = place.weight()
         if merge and weight.active_adapter is not None:
             # A new Param, as the old one may be tied to a layer that the adapter does not belong to.
-            setattr(place.owner, place.attribute, weight.base.replace(weight.get_value()))
+            with jax.default_matmul_precision("highest"):
+                setattr(place.owner, place.attribute, weight.base.replace(weight.get_value()))
         else:
             place.release()
     return model

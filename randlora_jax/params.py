@@ -44,6 +44,8 @@ def init(
         recipe: How the bases are drawn, see `interop.RECIPES`.
         key: A `jax.random.key`, needed for `init_weights=False` only.
         dtype: What the operands of the large products are rounded to, e.g. bfloat16. lambda and gamma stay float32.
+            None: what jax rounds float32 operands to, nothing on CPU, TF32 on GPU, bfloat16 on TPU; see
+            `jax.default_matmul_precision`. `merge`, `unmerge` and `RandLoraAdapter.delta_weight` round nothing then.
 
     Raises:
         ValueError: a target matches nothing or no adaptable kernel, the bases cannot be made, or the config asks for
@@ -90,8 +92,12 @@ def effective_params(params: Params, adapter: RandLoraAdapter) -> Params:
 
 
 def merge(params: Params, adapter: RandLoraAdapter) -> Params:
-    """`effective_params` under the name that users of PEFT look for: the base weights with the adapter folded in."""
-    return effective_params(params, adapter)
+    """The base weights with the adapter folded in: `effective_params`, in full precision on any hardware.
+
+    Its products are not rounded to TF32 or bfloat16 operands, as jax does by default on GPU and TPU in training.
+    """
+    with jax.default_matmul_precision("highest"):
+        return effective_params(params, adapter)
 
 
 def unmerge(params: Params, adapter: RandLoraAdapter) -> Params:
@@ -100,7 +106,8 @@ def unmerge(params: Params, adapter: RandLoraAdapter) -> Params:
     Raises:
         ValueError: as `effective_params`.
     """
-    return _combine(params, adapter, jnp.subtract)
+    with jax.default_matmul_precision("highest"):
+        return _combine(params, adapter, jnp.subtract)
 
 
 def _combine(params: Params, adapter: RandLoraAdapter, combine: Callable[[Any, Any], Any]) -> Params:

@@ -1,4 +1,7 @@
-"""The scaled bases `lambda * A * gamma` and their gradient, as plain formulas (arXiv:2502.00987, section 4)."""
+"""The scaled bases `lambda * A * gamma` and their gradient, as plain formulas (arXiv:2502.00987, section 4).
+
+They cost little beside the products with B, so they are in full precision on hardware where jax by default is not.
+"""
 
 from typing import NamedTuple
 
@@ -22,7 +25,7 @@ def scale_bases(
     bases_A: Float[Array, "r d"], lam: Float[Array, "r n"], gamma: Float[Array, "n d"]
 ) -> Float[Array, "r*n d"]:
     """Rows `lam[k, b] * bases_A[k] * gamma[b]`, row index `k*n + b` as PEFT flattens them."""
-    scaled = jnp.einsum("rn,rd,nd->rnd", lam, bases_A, gamma)
+    scaled = jnp.einsum("rn,rd,nd->rnd", lam, bases_A, gamma, precision="highest")
     return scaled.reshape(-1, scaled.shape[-1])
 
 
@@ -31,4 +34,5 @@ def factor_grads(
 ) -> FactorGrads:
     """Gradients of lambda and gamma from the gradient of `scale_bases`; the frozen A needs none."""
     weighted = grad.reshape(*lam.shape, -1) * bases_A[:, None, :]  # (r, n, d)
-    return FactorGrads(jnp.einsum("rnd,nd->rn", weighted, gamma), jnp.einsum("rnd,rn->nd", weighted, lam))
+    grad_lam = jnp.einsum("rnd,nd->rn", weighted, gamma, precision="highest")
+    return FactorGrads(grad_lam, jnp.einsum("rnd,rn->nd", weighted, lam, precision="highest"))
