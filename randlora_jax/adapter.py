@@ -15,7 +15,7 @@ from interop.adapter import Adapter, Factors, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.files import save
-from randlora_jax.kernels import torch_deltas
+from randlora_jax.kernels import weight_deltas
 from randlora_jax.layouts import Layout, weight_names
 
 
@@ -98,7 +98,7 @@ class RandLoraAdapter:
         shape = resolve_shape(self, module, shape)
         factors, scaling = self.factors[module], self.config.scaling
         with jax.default_matmul_precision("highest"):
-            return torch_deltas(self.bases, factors, shape, scaling=scaling, dtype=self.dtype)
+            return weight_deltas(self.bases, factors, shape, scaling=scaling, dtype=self.dtype)
 
     @classmethod
     def from_interop(cls, adapter: Adapter) -> "RandLoraAdapter":

@@ -31,34 +31,40 @@ class _Operands(NamedTuple):
         return _Operands(A, self.bases_B.reshape(self.bases_B.shape[0], -1).astype(dtype or wide), lam, gamma)
 
 
-def _product(x: Array, y: Array) -> Array:
-    """`x @ y` of operands in the dtype of the narrower one, summed in float32 or wider."""
+def _product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+    """The sum over one axis of each operand, in the dtype of the narrower one, summed in float32 or wider."""
     dtype, wide = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize), compute_dtype(x, y)
-    product = jnp.matmul(x.astype(dtype), y.astype(dtype), preferred_element_type=wide)
+    numbers = (((axes[0],), (axes[1],)), ((), ()))
+    product = jax.lax.dot_general(x.astype(dtype), y.astype(dtype), numbers, preferred_element_type=wide)
     # On CPU, XLA would fold a transposition of the product into it, and has no such product of bfloat16 in float32.
     return product if dtype == wide else jax.lax.optimization_barrier(product)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _delta_weight(
-    bases_A: Array, bases_B: Array, lam: Array, gamma: Array, scaling: float, dtype: np.dtype | None
-) -> Array:
-    A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed(dtype)
-    return scaling * _product(B, scale_bases(A, lam, gamma))
+class _Static(NamedTuple):
+    """What `_delta_weight` is told besides arrays; see `delta_weight`."""
+
+    scaling: float
+    dtype: np.dtype | None
+    transposed: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _delta_weight(bases_A: Array, bases_B: Array, lam: Array, gamma: Array, static: _Static) -> Array:
+    A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed(static.dtype)
+    scaled_A = scale_bases(A, lam, gamma)
+    return static.scaling * (_product(scaled_A, B, (0, 1)) if static.transposed else _product(B, scaled_A, (1, 0)))
 
 
 def _delta_weight_fwd(
-    bases_A: Array, bases_B: Array, lam: Array, gamma: Array, scaling: float, dtype: np.dtype | None
+    bases_A: Array, bases_B: Array, lam: Array, gamma: Array, static: _Static
 ) -> tuple[Array, _Operands]:
-    delta = _delta_weight(bases_A, bases_B, lam, gamma, scaling, dtype)
-    return delta, _Operands(bases_A, bases_B, lam, gamma)
+    return _delta_weight(bases_A, bases_B, lam, gamma, static), _Operands(bases_A, bases_B, lam, gamma)
 
 
-def _delta_weight_bwd(
-    scaling: float, dtype: np.dtype | None, kept: _Operands, grad: Array
-) -> tuple[None, None, Array, Array]:
-    A, B, lam, gamma = kept.computed(dtype)
-    grads = factor_grads(A, lam, gamma, scaling * _product(B.T, grad))
+def _delta_weight_bwd(static: _Static, kept: _Operands, grad: Array) -> tuple[None, None, Array, Array]:
+    A, B, lam, gamma = kept.computed(static.dtype)
+    grad_scaled_A = _product(B, grad, (0, 1 if static.transposed else 0))
+    grads = factor_grads(A, lam, gamma, static.scaling * grad_scaled_A)
     return None, None, grads.lam.astype(kept.lam.dtype), grads.gamma.astype(kept.gamma.dtype)
 
 
@@ -73,7 +79,8 @@ def delta_weight(
     *,
     scaling: float,
     dtype: DTypeLike | None = None,
-) -> Float[Array, "D d"]:
+    transposed: bool = False,
+) -> Float[Array, "rows columns"]:
     """Dense update `scaling * B (lam * A * gamma)`, long side first, in PEFT's pairing of flat indices.
 
     Row `k*n + b` of the scaled A meets column `b*r + k` of B: the sum of arXiv:2502.00987 up to a fixed shuffle of
@@ -87,12 +94,14 @@ def delta_weight(
         scaling: `config.scaling`.
         dtype: What the factors of the large product are rounded to; it is summed in float32 or wider all the same.
             None: what jax rounds float32 operands to (`jax.default_matmul_precision`), nothing on CPU.
+        transposed: Give (d, D) instead, straight from the product.
 
     Raises:
         ValueError: the shapes do not fit each other.
     """
     check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
-    return _delta_weight(bases_A, bases_B, lam, gamma, scaling, None if dtype is None else np.dtype(dtype))
+    static = _Static(scaling, None if dtype is None else np.dtype(dtype), transposed)
+    return _delta_weight(bases_A, bases_B, lam, gamma, static)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

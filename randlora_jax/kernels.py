@@ -104,17 +104,23 @@ def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping
     return found
 
 
-def torch_deltas(
-    bases: Bases, factors: Factors, shape: tuple[int, int], *, scaling: float, dtype: np.dtype | None = None
-) -> Float[Array, "*weights outputs inputs"]:
-    """The update dW of a weight of shape (out, in), or of several stacked ones, in torch's orientation.
+def weight_deltas(
+    bases: Bases,
+    factors: Factors,
+    shape: tuple[int, int],
+    *,
+    scaling: float,
+    dtype: np.dtype | None = None,
+    in_first: bool = False,
+) -> Float[Array, "*weights rows columns"]:
+    """The update dW of a torch weight of shape (out, in), or of several stacked ones; with in_first (in, out).
 
-    The arguments are those of `kernel_delta`.
+    The other arguments are those of `kernel_delta`.
     """
+    transposed = (shape[0] >= shape[1]) == in_first  # `delta_weight` gives the long side first
 
     def update(factors: Factors) -> Array:
-        delta = delta_weight(*layer_bases(bases, shape), *factors, scaling=scaling, dtype=dtype)  # (long, short)
-        return delta if shape[0] >= shape[1] else delta.T
+        return delta_weight(*layer_bases(bases, shape), *factors, scaling=scaling, dtype=dtype, transposed=transposed)
 
     return jax.vmap(update)(factors) if factors.lam.ndim > 2 else update(factors)
 
@@ -124,6 +130,9 @@ def kernel_delta(
 ) -> Float[Array, "..."]:
     """The update dW of all weights of a kernel, in its layout, float32 or wider; zero for weights not adapted.
 
+    The product has the kernel's order of inputs and outputs from the start. XLA would otherwise move a transposition of
+    dW to W, and in a scan out of the loop, where it makes a transposed copy of the kernels of all layers.
+
     Args:
         bases: The shared bases; the part that these weights use is sliced from them.
         factors: lam (r, n) and gamma (n, d), or (weights, r, n) and (weights, n, d) for a kernel with stack_axes.
@@ -131,15 +140,13 @@ def kernel_delta(
         scaling: `config.scaling`.
         dtype: See `delta_weight`.
     """
-    layout, shape = kernel.layout, kernel.shape
-    deltas = torch_deltas(bases, factors, shape, scaling=scaling, dtype=dtype)
-    if not layout.stack_axes:
-        return layout.to_kernel(deltas, kernel.kernel_shape)
+    layout, in_first = kernel.layout, kernel.layout.in_first
+    deltas = weight_deltas(bases, factors, kernel.shape, scaling=scaling, dtype=dtype, in_first=in_first)
     stack = layout.stack_shape(kernel.kernel_shape)
-    if len(deltas) < math.prod(stack):
+    if stack and len(deltas) < math.prod(stack):
         adapted = np.asarray(list(kernel.modules("")))
-        deltas = jnp.zeros((math.prod(stack), *shape), deltas.dtype).at[adapted].set(deltas)
-    return layout.to_kernel(deltas.reshape(*stack, *shape), kernel.kernel_shape)
+        deltas = jnp.zeros((math.prod(stack), *deltas.shape[1:]), deltas.dtype).at[adapted].set(deltas)
+    return layout.to_kernel(deltas.reshape(*stack, *deltas.shape[-2:]), kernel.kernel_shape, in_first=in_first)
 
 
 def combine_kernel(

@@ -82,11 +82,17 @@ class Layout:
         self._check(kernel_shape)
         return tuple(kernel_shape[axis] for axis in self.stack_axes)
 
+    @property
+    def in_first(self) -> bool:
+        """Whether the kernel's inputs come before its outputs, as in flax, and not after them, as in torch."""
+        return self.in_axes[0] < self.out_axes[0]
+
     def to_kernel(
-        self, weight: Float[Array, "*stack outputs inputs"], kernel_shape: tuple[int, ...]
+        self, weight: Float[Array, "*stack rows columns"], kernel_shape: tuple[int, ...], *, in_first: bool = False
     ) -> Float[Array, "..."]:
-        """Torch weights (*stack_shape, out, in) in the layout of the kernel."""
-        order = (*self.stack_axes, *self.out_axes, *self.in_axes)
+        """Torch weights (*stack_shape, out, in), or transposed ones (*stack_shape, in, out), in the kernel's layout."""
+        groups = (self.in_axes, self.out_axes) if in_first else (self.out_axes, self.in_axes)
+        order = (*self.stack_axes, *groups[0], *groups[1])
         split = weight.reshape([kernel_shape[axis] for axis in order])
         return split.transpose([order.index(axis) for axis in range(len(order))])
 

@@ -3,7 +3,8 @@
 Each is one leaf of a model's parameters and answers as the kernel it stands for; `dequantize` gives that kernel inside
 whatever jit, scan or remat the layer runs in. Training saves memory under remat only (`jax.checkpoint`, `nn.remat`,
 `nnx.remat`): without it, the backward pass keeps every dequantized kernel from the forward pass. Scan the layers over a
-`stack`, too: of unrolled ones, XLA may dequantize all before it runs the first, as it does on CPU.
+`stack`, too: of unrolled ones, XLA may dequantize all before it runs the first, as it does on CPU, not on an H200
+(benchmarks/results/memory*.md).
 """
 
 import abc

@@ -1,6 +1,6 @@
 """The scaled bases `lambda * A * gamma` and their gradient, as plain formulas (arXiv:2502.00987, section 4).
 
-They cost little beside the products with B, so they are in full precision on hardware where jax by default is not.
+Both are in full precision also on hardware where jax by default is not: they cost little beside the products with B.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ def scale_bases(
     bases_A: Float[Array, "r d"], lam: Float[Array, "r n"], gamma: Float[Array, "n d"]
 ) -> Float[Array, "r*n d"]:
     """Rows `lam[k, b] * bases_A[k] * gamma[b]`, row index `k*n + b` as PEFT flattens them."""
-    scaled = jnp.einsum("rn,rd,nd->rnd", lam, bases_A, gamma, precision="highest")
+    scaled = lam[:, :, None] * bases_A[:, None, :] * gamma  # (r, n, d)
     return scaled.reshape(-1, scaled.shape[-1])
 
 

@@ -11,7 +11,7 @@ from typing import SupportsIndex
 from jax.extend.core import JaxprEqn
 
 from randlora_jax.tracing.propagation import Propagation, Rule, Value, join, shapes_of, unknown
-from randlora_jax.tracing.tracks import Track, Unit, axes_of, new_dim, resized
+from randlora_jax.tracing.tracks import Track, Unit, axes_of, new_dim, resized, size_of
 
 
 def dot_general(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -169,12 +169,15 @@ def gather(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Valu
         return unknown(walk, eqn, operands)
 
     def gathered(track: Track) -> Track:
-        kept = [resized(dim, sizes[d]) for d, dim in enumerate(track.dims) if d not in collapsed]
-        if many and not by_data and len(collapsed) == 1:  # a fixed choice along one axis: still that axis
-            axes = axes_of(track.dims[collapsed[0]])
+        indexed = {d for d, dim in enumerate(track.dims) if d in collapsed or sizes[d] == 1 < size_of(dim)}
+        kept = [
+            () if d in indexed else resized(dim, sizes[d]) for d, dim in enumerate(track.dims) if d not in collapsed
+        ]
+        if many and not by_data and len(indexed) == 1:  # a fixed choice along one axis: still that axis
+            axes = axes_of(track.dims[next(iter(indexed))])
             row_dims = [(Unit(size, axes),) for size in rows]
         else:
-            track, row_dims = track.take(collapsed), [new_dim(size) for size in rows]
+            track, row_dims = track.take(sorted(indexed)), [new_dim(size) for size in rows]
         return track.with_dims((kept if d in numbers.offset_dims else row_dims).pop(0) for d in range(len(shape)))
 
     return [_choose(walk, operands, gathered, many=many)]

@@ -29,6 +29,7 @@ from randlora_jax import (
     unmerge,
 )
 from randlora_jax.layouts import IN_OUT, OUT_IN, default_layout, module_name
+from tests.jax.programs import equations
 
 
 def array(*shape, seed=0, dtype=jnp.float32):
@@ -214,6 +215,31 @@ def test_a_layout_in_any_order_of_axes_is_the_transposed_torch_weight():
         assert kernel[o0, i1, o2, i3] == weight[o2 * 3 + o0, i3 * 5 + i1]
     np.testing.assert_array_equal(IN_OUT.to_kernel(weight, (20, 6)), weight.T)
     np.testing.assert_array_equal(OUT_IN.to_kernel(weight, (6, 20)), weight)
+
+
+@pytest.mark.parametrize(
+    ("kernel_shape", "layout"),
+    [
+        ((20, 6), IN_OUT),
+        ((6, 20), IN_OUT),
+        ((20, 6), OUT_IN),
+        ((6, 20), OUT_IN),
+        ((8, 2, 5), HEAD_LAYOUTS["q"]),
+        ((2, 5, 8), HEAD_LAYOUTS["out"]),
+    ],
+)
+def test_the_update_comes_out_of_its_product_in_the_order_of_the_kernel(kernel_shape, layout):
+    """A transposition would be moved to the frozen kernels by XLA, which on GPU copied those of all scanned layers."""
+    kernel = array(*kernel_shape)
+    params = {"layer": {"kernel": kernel}}
+    adapter = init(config("layer"), params, layouts={"layer": layout})
+
+    def loss(trainable):
+        return (effective_params(params, adapter.with_trainable(trainable))["layer"]["kernel"] * kernel).sum()
+
+    program = equations(jax.make_jaxpr(jax.value_and_grad(loss))(adapter.trainable))
+    moved = [equation.invars[0].aval.size for equation in program if equation.primitive.name == "transpose"]
+    assert max(moved, default=0) < kernel.size
 
 
 @pytest.mark.parametrize(

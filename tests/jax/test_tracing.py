@@ -394,6 +394,12 @@ REFUSED = {
     ),
     "in another language": (by_pallas, {"w": W46}, X, "only used by pallas_call"),
     "embedding": (lambda p, x: p["w"][x], {"w": shape(9, 4)}, TOKENS, r"an embedding table \(rows are looked up\)$"),
+    "embedding by vmap": (
+        lambda p, x: jax.vmap(lambda i: p["w"][i])(x.reshape(-1)) @ jnp.ones((4, 2)),
+        {"w": shape(9, 4)},
+        TOKENS,
+        r"an embedding table \(rows are looked up\)$",
+    ),
     "embedding, one row": (lambda p, x: p["w"][x], {"w": shape(9, 4)}, shape(dtype=jnp.int32), "an embedding table"),
     "tied embedding": (tied, {"w": shape(9, 4)}, TOKENS, r"tied to a matrix product with in \(1,\), out \(0,\)"),
     "convolution": (
