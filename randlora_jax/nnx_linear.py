@@ -16,7 +16,7 @@ from interop.config import RandLoraConfig
 from randlora_jax.explicit import add_update, check_fits, make_shared_bases, start_factors
 from randlora_jax.kernels import Kernel
 from randlora_jax.layouts import IN_OUT
-from randlora_jax.nnx_weight import LayerAdapter, RandLoraBasis, RandLoraWeight, Static
+from randlora_jax.nnx_weight import LayerAdapter, RandLoraBasis, RandLoraWeight, Static, factors_at
 from randlora_jax.quantized import dequantize
 
 ADAPTER_NAME = "default"
@@ -100,7 +100,7 @@ class RandLoraLinear(nnx.Linear):
             return super().__call__(inputs, out_sharding)
         weight = dequantize(self.kernel.base.get_value())
         y = nnx.Linear.__call__(_WithKernel(self, weight), inputs, out_sharding)
-        factors, _ = part.now(weight.shape)
+        factors, _ = factors_at(part, weight.shape)
         promoted, _ = self.promote_dtype((inputs, weight), dtype=self.dtype)
         dropped = self._drop(promoted, part.static.config.randlora_dropout, rngs)
         return add_update(y, dropped, part.bases, factors, scaling=part.static.config.scaling)

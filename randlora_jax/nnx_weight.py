@@ -84,12 +84,6 @@ class LayerAdapter(nnx.Module):
         stored = Factors(self.randlora_lambda[...], self.randlora_gamma[...])
         return unalign_factors(stored, kernel, kernel.kernel_shape)[0]
 
-    def add_to(self, weight: jax.Array) -> jax.Array:
-        """W + dW, for the kernel or the slice of it that a scan or vmap is working on."""
-        static = self.static
-        factors, kernel = self.now(weight.shape)
-        return combine_kernel(weight, self.bases, factors, kernel, scaling=static.config.scaling, dtype=static.dtype)
-
     def hold(self, basis_A: RandLoraBasis | Captured, basis_B: RandLoraBasis | Captured) -> None:
         """Hold the bases as Variables, or as constants that no transformation slices."""
         mark = nnx.data if isinstance(basis_A, RandLoraBasis) else nnx.static
@@ -103,10 +97,19 @@ class LayerAdapter(nnx.Module):
             if type(variable) is not kind:
                 setattr(self, name, kind.from_metadata(variable.get_value(), variable.get_metadata()))
 
-    def now(self, shape: tuple[int, ...]) -> tuple[Factors, Kernel]:
-        """Factors and kernel as they are where a kernel of this shape is read: a scan or vmap may have sliced them."""
-        stored = Factors(self.randlora_lambda[...], self.randlora_gamma[...])
-        return unalign_factors(stored, self.static.kernel, shape)
+
+# No methods, as `nnx.tabulate` compiles every method that a forward pass calls, and these are not given arrays only.
+def factors_at(part: LayerAdapter, shape: tuple[int, ...]) -> tuple[Factors, Kernel]:
+    """Factors and kernel as they are where a kernel of this shape is read: a scan or vmap may have sliced them."""
+    stored = Factors(part.randlora_lambda[...], part.randlora_gamma[...])
+    return unalign_factors(stored, part.static.kernel, shape)
+
+
+def _combined(weight: jax.Array, part: LayerAdapter) -> jax.Array:
+    """W + dW, for the kernel or the slice of it that a scan or vmap is working on."""
+    factors, kernel = factors_at(part, weight.shape)
+    static = part.static
+    return combine_kernel(weight, part.bases, factors, kernel, scaling=static.config.scaling, dtype=static.dtype)
 
 
 class RandLoraWeight(nnx.Module):
@@ -136,7 +139,7 @@ class RandLoraWeight(nnx.Module):
         """The effective kernel W + dW, in W's dtype."""
         weight = dequantize(self.base.get_value())
         adapter = self.active_adapter
-        return (weight if adapter is None or not self.enabled else adapter.add_to(weight))[index]
+        return (weight if adapter is None or not self.enabled else _combined(weight, adapter))[index]
 
     def set_value(self, value: Any, **_: Any) -> None:
         """Refused: W + dW is computed, not stored."""

@@ -78,6 +78,16 @@ def test_a_parameter_in_a_container_that_attach_cannot_change_is_refused_and_the
     assert extract(model).modules == ("layer",)
 
 
+def test_an_adapted_model_is_tabulated_and_computes_as_before():
+    """`nnx.tabulate` compiles each method that the forward pass calls, and gives it and takes from it arrays only."""
+    model = attach(nnx.Sequential(*(nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(2))), CONFIG, rngs=nnx.Rngs(0))
+    x = draw(3, 8)
+    before = model(x)
+    table = nnx.tabulate(model, x, console_kwargs={"width": 200})
+    assert all(f"layers/{i}" in table for i in range(2))
+    np.testing.assert_array_equal(model(x), before)
+
+
 def test_a_function_that_numbers_are_reduced_by_is_no_layer():
     def forward(params, x):
         weighted = jax.lax.reduce(params["kernel"], jnp.float32(0), lambda a, b: a + 2 * b, (0, 1))
