@@ -32,6 +32,7 @@ from randlora_jax import RandLoraAdapter, RandLoraConfig, accumulate_gradients, 
 CONFIG = RandLoraConfig(r=16, randlora_alpha=160, target_modules="all-linear", task_type="CAUSAL_LM")
 MICRO_BATCHES, LENGTH = 16, 64  # one sequence each; a width of 128 has 64 tokens as one of 4096 has 2048
 TOLERANCE = 1e-4  # of the largest gradient of a factor: float32, summed in another order
+jax.config.update("jax_default_matmul_precision", "highest")  # on GPU, jax would use TF32
 Way = Callable[[Callable, RandLoraAdapter, Any, jax.Array], tuple[jax.Array, Any]]
 
 

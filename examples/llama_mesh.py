@@ -36,6 +36,7 @@ from randlora_jax.sharding import shardings_of
 CONFIG = RandLoraConfig(r=16, randlora_alpha=160, target_modules="all-linear", task_type="CAUSAL_LM")
 IN_OUT = {"o_proj": P("tp", "fsdp"), "down_proj": P("tp", "fsdp")}  # they gather what tp has split; others split
 TOLERANCE = 1e-4  # of a loss of a few nats: sums over devices come in another order, and Adam goes on from there
+jax.config.update("jax_default_matmul_precision", "highest")  # on GPU, jax would use TF32
 BATCH_SIZE, LENGTH = 8, 128
 
 

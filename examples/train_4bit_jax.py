@@ -31,6 +31,7 @@ from randlora_jax.quantized import is_quantized, load_quantized
 
 CONFIG = RandLoraConfig(r=16, randlora_alpha=160, target_modules="all-linear", task_type="CAUSAL_LM")
 TOLERANCE = 1e-5  # of a loss of a few nats: both compute in float32, in another order
+jax.config.update("jax_default_matmul_precision", "highest")  # on GPU, jax would use TF32
 BATCH_SIZE, LENGTH = 4, 256
 
 

@@ -21,6 +21,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+# The tolerances are those of float32: on a GPU, jax would multiply it in TF32 (tests/jax/test_devices.py).
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+
 # Eight devices for tests of meshes; before jax is imported anywhere.
 FORCED_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FORCED_DEVICES}".strip()

@@ -34,7 +34,8 @@ CONFIG = RandLoraConfig(r=16, randlora_alpha=16, target_modules=["up", "down"], 
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    with jax.default_device(jax.local_devices(backend=request.param)[0]):
+    first = jax.local_devices(backend=request.param)[0]
+    with jax.default_device(first), jax.default_matmul_precision(None):  # None: what the hardware does fastest
         yield request.param
 
 
