@@ -1,9 +1,9 @@
 """The update with hand-written gradients: backward keeps lambda and gamma, never the scaled bases, which it rebuilds.
 
-A and B are frozen: their cotangent is a symbolic zero, so XLA never computes a gradient for them.
+A and B are frozen: their cotangent is a symbolic zero, so XLA never computes a gradient for them. The forward rules
+call the plain formulas, so that forward mode works on top of reverse mode: `jax.hessian`, `jax.jvp` of a gradient.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -48,8 +48,7 @@ class _Static(NamedTuple):
     transposed: bool
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _delta_weight(bases_A: Array, bases_B: Array, lam: Array, gamma: Array, static: _Static) -> Array:
+def _delta(bases_A: Array, bases_B: Array, lam: Array, gamma: Array, static: _Static) -> Array:
     A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed(static.dtype)
     scaled_A = scale_bases(A, lam, gamma)
     return static.scaling * (_product(scaled_A, B, (0, 1)) if static.transposed else _product(B, scaled_A, (1, 0)))
@@ -58,7 +57,7 @@ def _delta_weight(bases_A: Array, bases_B: Array, lam: Array, gamma: Array, stat
 def _delta_weight_fwd(
     bases_A: Array, bases_B: Array, lam: Array, gamma: Array, static: _Static
 ) -> tuple[Array, _Operands]:
-    return _delta_weight(bases_A, bases_B, lam, gamma, static), _Operands(bases_A, bases_B, lam, gamma)
+    return _delta(bases_A, bases_B, lam, gamma, static), _Operands(bases_A, bases_B, lam, gamma)
 
 
 def _delta_weight_bwd(static: _Static, kept: _Operands, grad: Array) -> tuple[None, None, Array, Array]:
@@ -68,6 +67,7 @@ def _delta_weight_bwd(static: _Static, kept: _Operands, grad: Array) -> tuple[No
     return None, None, grads.lam.astype(kept.lam.dtype), grads.gamma.astype(kept.gamma.dtype)
 
 
+_delta_weight = jax.custom_vjp(_delta, nondiff_argnums=(4,))
 _delta_weight.defvjp(_delta_weight_fwd, _delta_weight_bwd)
 
 
@@ -104,8 +104,7 @@ def delta_weight(
     return _delta_weight(bases_A, bases_B, lam, gamma, static)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _apply_delta(
+def _apply(
     x: Array, bases_A: Array, bases_B: Array, lam: Array, gamma: Array, short_input: bool, scaling: float
 ) -> Array:
     A, B, lam, gamma = _Operands(bases_A, bases_B, lam, gamma).computed(None)
@@ -118,7 +117,7 @@ def _apply_delta(
 def _apply_delta_fwd(
     x: Array, bases_A: Array, bases_B: Array, lam: Array, gamma: Array, short_input: bool, scaling: float
 ) -> tuple[Array, tuple[Array, _Operands]]:
-    y = _apply_delta(x, bases_A, bases_B, lam, gamma, short_input, scaling)
+    y = _apply(x, bases_A, bases_B, lam, gamma, short_input, scaling)
     return y, (x, _Operands(bases_A, bases_B, lam, gamma))
 
 
@@ -141,6 +140,7 @@ def _apply_delta_bwd(
     return grad_x, None, None, grads.lam.astype(kept.lam.dtype), grads.gamma.astype(kept.gamma.dtype)
 
 
+_apply_delta = jax.custom_vjp(_apply, nondiff_argnums=(5, 6))
 _apply_delta.defvjp(_apply_delta_fwd, _apply_delta_bwd)
 
 

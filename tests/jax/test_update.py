@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from stacks import CASES, DTYPES, SCALING, Case, Stack, UpdateLaws, draw_layer, every_case, few_cases
+from stacks import CASES, DTYPES, SCALING, Case, Stack, UpdateLaws, draw_layer, every_case, few_cases, formula
 from strategies import draw_adapter
 from tolerances import TOLERANCE
 
@@ -123,6 +123,32 @@ def test_jit_and_remat_equal_eager_in_value_and_gradients(case, rng):
     for variant in (jax.jit(loss), jax.checkpoint(loss), jax.jit(jax.checkpoint(loss))):
         got = jax.value_and_grad(variant, argnums=(0, 1, 2))(x, *arguments[2:])
         chex.assert_trees_all_close(got, want, **TOLERANCE["float32", "gradient"])
+
+
+@pytest.mark.parametrize("case", [CASES["wide"], CASES["tall"]], ids=["wide", "tall"])
+def test_forward_mode_over_the_gradients_is_autodiff_of_the_written_out_formula(case, rng):
+    """As Hessian-vector products need it: estimates of curvature, second-order optimizers."""
+    A, B, lam, gamma = layer_of(case, bases="float32")
+    x = jnp.asarray(rng.standard_normal((3, case.shape[1]), np.float32))
+
+    def written_out(lam, gamma):
+        delta = formula(A, B, lam, gamma, SCALING)
+        return x @ (delta.T if x.shape[1] == A.shape[1] else delta)
+
+    def by_rule(lam, gamma, transposed):
+        delta = delta_weight(A, B, lam, gamma, scaling=SCALING, transposed=transposed)
+        return x @ (delta if transposed == (x.shape[1] == A.shape[1]) else delta.T)
+
+    def hessian_vector_product(forward):
+        gradient = jax.grad(lambda lam, gamma: (forward(lam, gamma) ** 2).sum(), argnums=(0, 1))
+        return jax.jvp(gradient, (lam, gamma), (jnp.cos(lam), jnp.sin(gamma)))[1]
+
+    want = hessian_vector_product(written_out)
+    close = {"rtol": 1e-4, "atol": 1e-4 * max(float(jnp.abs(part).max()) for part in want)}
+    chex.assert_trees_all_close(hessian_vector_product(functools.partial(by_rule, transposed=False)), want, **close)
+    chex.assert_trees_all_close(hessian_vector_product(functools.partial(by_rule, transposed=True)), want, **close)
+    branch = hessian_vector_product(lambda *factors: apply(x, (A, B, *factors), case))
+    chex.assert_trees_all_close(branch, want, **close)
 
 
 @pytest.mark.parametrize("case", [CASES["wide"], CASES["tall"]], ids=["wide", "tall"])
