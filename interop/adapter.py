@@ -20,8 +20,8 @@ FLOAT_DTYPES = (np.dtype(np.float32), BFLOAT16, FLOAT16)  # what factors and bas
 class Factors(NamedTuple):
     """The trainable part of one layer: lambda (r, n) scales basis columns, gamma (n, min(out, in)) rows of A."""
 
-    lam: np.ndarray
-    gamma: np.ndarray
+    lam: Any  # an array of numpy's here, of the framework's in the stacks
+    gamma: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

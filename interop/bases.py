@@ -8,7 +8,7 @@ saved without its bases can be rebuilt anywhere. All arithmetic below reproduces
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -23,8 +23,8 @@ FLOAT16 = np.dtype(np.float16)
 class Bases(NamedTuple):
     """One pair of frozen bases, shared by all layers of an adapter; a layer uses a prefix of each."""
 
-    A: np.ndarray  # (r, 1, min_dim)
-    B: np.ndarray  # (max_dim, n, r)
+    A: Any  # (r, 1, min_dim), an array of numpy's here, of the framework's in the stacks
+    B: Any  # (max_dim, n, r)
 
     @property
     def dims(self) -> Dims:
