@@ -95,6 +95,9 @@ def merge(params: Params, adapter: RandLoraAdapter) -> Params:
     """The base weights with the adapter folded in: `effective_params`, in full precision on any hardware.
 
     Its products are not rounded to TF32 or bfloat16 operands, as jax does by default on GPU and TPU in training.
+
+    Raises:
+        ValueError: as `effective_params`.
     """
     with jax.default_matmul_precision("highest"):
         return effective_params(params, adapter)

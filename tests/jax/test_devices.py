@@ -12,7 +12,6 @@ import pytest
 from flax import nnx
 from tolerances import TOLERANCE
 
-from interop.bnb import CODES, Weight4bit, Weight8bit
 from randlora_jax import (
     RandLoraConfig,
     RandLoraParam,
@@ -26,6 +25,7 @@ from randlora_jax import (
 )
 from randlora_jax.quantized import from_bnb
 from tests.jax.programs import equations
+from tests.jax.test_quantized import assert_same_bits, eight_bit, four_bit
 
 no_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs jax on a CUDA device")
 DEVICES = ["cpu", pytest.param("gpu", marks=[pytest.mark.gpu, no_gpu])]
@@ -135,16 +135,8 @@ def test_an_adapter_trains_and_its_factors_stay_where_the_model_is(device):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 @pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
 def test_quantized_kernels_have_the_same_bits_everywhere(device, kind, dtype):
-    rng = np.random.default_rng(0)
-    if kind == "int8":
-        weight = Weight8bit(
-            rng.integers(-127, 128, (96, 64), dtype=np.int8), rng.random(96, np.float32) / 127, np.dtype(dtype)
-        )
-    else:
-        packed, absmax = rng.integers(0, 256, 96 * 32, dtype=np.uint8), rng.random(96, np.float32)
-        code = tuple(np.array(CODES[kind], np.float32).tolist())
-        weight = Weight4bit(packed, absmax, code, 64, (96, 64), np.dtype(dtype), kind)
+    packed = eight_bit if kind == "int8" else functools.partial(four_bit, quant_type=kind, blocksize=64)
+    weight = packed((96, 64), dtype=dtype)
     got = jax.jit(lambda kernel: kernel.dequantize())(from_bnb(weight))
     assert got.device.platform == device
-    same_bits = (np.ascontiguousarray(array).view(np.uint8) for array in (got, weight.dequantize().T))
-    np.testing.assert_array_equal(*same_bits)
+    assert_same_bits(got, weight.dequantize().T)
