@@ -3,6 +3,7 @@
 Imports numpy, ml_dtypes and safetensors only; `convert` imports a stack by name when it is asked for one.
 """
 
+from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter, Factors, init_adapter
 from interop.bases import DEFAULT_RECIPE, RECIPES, Bases, bases_digest, make_bases
 from interop.config import RandLoraConfig
@@ -15,11 +16,13 @@ from interop.targets import resolve_targets
 __all__ = [
     "DEFAULT_RECIPE",
     "RECIPES",
+    "AdaLoraConfig",
     "Adapter",
     "AdapterFormatError",
     "Bases",
     "Factors",
     "RandLoraConfig",
+    "SVDFactors",
     "bases_digest",
     "convert",
     "count_trainable",

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from interop import adalora
+from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.bases import BFLOAT16, DEFAULT_RECIPE, FLOAT16, Bases, make_bases
 from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
@@ -26,14 +28,17 @@ class Factors(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
-    """A RandLoRA adapter without a framework: what PEFT's two files hold, and what they leave to the model.
+    """A RandLoRA or AdaLoRA adapter without a framework: what PEFT's two files hold, and what they leave to the model.
 
     Attributes:
-        config: The adapter's `RandLoraConfig`.
-        factors: lambda and gamma of each adapted layer, by torch module name, in the dtype they are stored in.
-        bases: The one pair of frozen bases, or None for a file without them that was not bound to a model yet.
+        config: The adapter's `RandLoraConfig` or `AdaLoraConfig`.
+        factors: lambda and gamma of each adapted layer, or AdaLoRA's A, E and B, of which only the triplets are held
+            that `config.rank_pattern` leaves; by torch module name, in the dtype they are stored in.
+        bases: The one pair of frozen bases, or None for a file without them that was not bound to a model yet. AdaLoRA
+            has none.
         recipe: Name of the recipe that made the bases (`interop.RECIPES`), None if no recipe is known to.
-        shapes: (out, in) of each adapted layer; None if the file does not say and no model was seen yet.
+        shapes: (out, in) of each adapted layer; None if the file does not say and no model was seen yet. The weight of
+            a convolution counts as (out, in * height * width).
         saved_weights: Other tensors of the file that the config accounts for (trained biases, modules_to_save), under
             the keys they have there.
 
@@ -41,8 +46,8 @@ class Adapter:
         AdapterFormatError: the parts do not fit together; every misfit is listed.
     """
 
-    config: RandLoraConfig
-    factors: Mapping[str, Factors]
+    config: RandLoraConfig | AdaLoraConfig
+    factors: Mapping[str, Factors] | Mapping[str, SVDFactors]
     bases: Bases | None = None
     recipe: str | None = None
     shapes: Mapping[str, tuple[int, int]] | None = None
@@ -50,13 +55,17 @@ class Adapter:
 
     def __post_init__(self) -> None:
         """Sort the modules by name and check that all parts fit together."""
-        object.__setattr__(self, "factors", {name: Factors(*self.factors[name]) for name in sorted(self.factors)})
+        kind = factors_kind(self.config)
+        object.__setattr__(self, "factors", {name: kind(*self.factors[name]) for name in sorted(self.factors)})
         if self.shapes is not None:
             shapes = {name: (int(out), int(inp)) for name, (out, inp) in sorted(self.shapes.items())}
             object.__setattr__(self, "shapes", shapes)
         problems = list(_misfits(self))
         if problems:
             raise AdapterFormatError(bulleted("the adapter is inconsistent", problems))
+        if self.shapes is None and kind is SVDFactors:
+            shapes = {name: (len(factors.B), factors.A.shape[1]) for name, factors in self.factors.items()}
+            object.__setattr__(self, "shapes", shapes)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -65,14 +74,14 @@ class Adapter:
 
     @property
     def num_trainable(self) -> int:
-        """Count of trainable numbers in lambda and gamma."""
+        """Count of trainable numbers."""
         return sum(part.size for pair in self.factors.values() for part in pair)
 
     def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> np.ndarray:
         """The update of one layer in torch's (out, in) orientation, computed in float64.
 
-        `s * B (lambda * A * gamma)`, arXiv:2502.00987 up to PEFT's pairing of flat indices: row `k*n + b` of the
-        scaled A meets column `b*r + k` of B. Transposed where the short side is the output.
+        RandLoRA: `s * B (lambda * A * gamma)`, arXiv:2502.00987 up to PEFT's pairing of flat indices: row `k*n + b` of
+        the scaled A meets column `b*r + k` of B, transposed where the short side is the output. AdaLoRA: `s B (E A)`.
 
         Args:
             module: One of `adapter.modules`.
@@ -83,6 +92,8 @@ class Adapter:
             ValueError: the shape is unknown or does not fit, or the adapter has no bases.
         """
         shape = resolve_shape(self, module, shape)
+        if isinstance(self.config, AdaLoraConfig):
+            return adalora.delta_weight(self.factors[module], self.config.scaling)
         assert self.bases is not None  # resolve_shape saw to it
         lam, gamma = (part.astype(np.float64) for part in self.factors[module])
         n, min_dim = gamma.shape
@@ -115,15 +126,20 @@ class Adapter:
         if wrong:
             raise AdapterFormatError(bulleted("the adapter was made for another base model", wrong))
         bound = dataclasses.replace(self, shapes=known)
-        if self.bases is None:
+        if self.bases is None and isinstance(self.config, RandLoraConfig):
             recipe = self.recipe or DEFAULT_RECIPE
             made = make_bases(self.config, **shared_dims(known.values())._asdict(), recipe=recipe)
             bound = dataclasses.replace(bound, bases=made, recipe=recipe)
         return bound
 
 
+def factors_kind(config: RandLoraConfig | AdaLoraConfig) -> type[Factors] | type[SVDFactors]:
+    """What holds the trainable part of one layer."""
+    return SVDFactors if isinstance(config, AdaLoraConfig) else Factors
+
+
 def init_adapter(
-    config: RandLoraConfig,
+    config: RandLoraConfig | AdaLoraConfig,
     shapes: Mapping[str, tuple[int, int]],
     *,
     recipe: str = DEFAULT_RECIPE,
@@ -132,11 +148,14 @@ def init_adapter(
     """A new adapter for layers of the given (out, in) shapes, with PEFT's starting values in float32.
 
     `init_weights=True`: lambda = 0 and gamma = 1/max(n, min(out, in)), so dW = 0. `init_weights=False`:
-    lambda ~ N(0, 1) and gamma = 1/max(out, in).
+    lambda ~ N(0, 1) and gamma = 1/max(out, in). AdaLoRA, which always draws: see `AdaLoraConfig.init_lora_weights`.
 
     Raises:
-        ValueError: `shapes` is empty, `init_weights=False` without `rng`, or the bases cannot be made.
+        ValueError: `shapes` is empty, values are drawn without `rng`, the bases cannot be made, or AdaLoRA's config has
+            no schedule or a rank pattern.
     """
+    if isinstance(config, AdaLoraConfig):
+        return _init_adalora(config, shapes, rng)
     bases = make_bases(config, **shared_dims(shapes.values())._asdict(), recipe=recipe)
     factors = {}
     for name, shape in shapes.items():
@@ -149,6 +168,21 @@ def init_adapter(
             raise ValueError("init_weights=False draws lambda at random: pass rng=numpy.random.default_rng(seed).")
         factors[name] = Factors(lam, np.full(shape_gamma, gamma_start(config, shape), np.float32))
     return Adapter(config=config, factors=factors, bases=bases, recipe=recipe, shapes=dict(shapes))
+
+
+def _init_adalora(
+    config: AdaLoraConfig, shapes: Mapping[str, tuple[int, int]], rng: np.random.Generator | None
+) -> Adapter:
+    if rng is None:
+        raise ValueError("AdaLoRA draws A and B at random: pass rng=numpy.random.default_rng(seed).")
+    if config.rank_pattern is not None:
+        raise ValueError("rank_pattern is a result of training: a new adapter starts with rank_pattern=None.")
+    config.require_schedule()
+    return Adapter(
+        config=config,
+        factors={name: adalora.init_factors(config, shape, rng) for name, shape in sorted(shapes.items())},
+        shapes=dict(shapes),
+    )
 
 
 def gamma_start(config: RandLoraConfig, shape: tuple[int, int]) -> float:
@@ -167,6 +201,11 @@ def resolve_shape(adapter: Any, module: str, shape: tuple[int, int] | None) -> t
     if module not in adapter.factors:
         count = len(adapter.factors)
         raise KeyError(f"module {module!r} is not adapted; adapter.modules lists the {count} that are.")
+    if isinstance(adapter.config, AdaLoraConfig):
+        recorded = dict(adapter.shapes)[module]
+        if shape not in (None, recorded):
+            raise ValueError(f"shape={shape} does not fit {module!r}: it must be {recorded}.")
+        return recorded
     if adapter.bases is None:
         raise ValueError("this adapter has no bases yet: give it its model's layer shapes, adapter.bind(shapes).")
     recorded = dict(adapter.shapes or ()).get(module)
@@ -183,7 +222,7 @@ def resolve_shape(adapter: Any, module: str, shape: tuple[int, int] | None) -> t
 
 def _misfits(adapter: Adapter) -> Iterable[str]:
     """Every way in which the parts of an adapter contradict each other."""
-    r, shapes = adapter.config.r, adapter.shapes
+    shapes = adapter.shapes
     if not adapter.factors:
         yield "it adapts no layer"
     if "" in adapter.factors:
@@ -196,6 +235,11 @@ def _misfits(adapter: Adapter) -> Iterable[str]:
     for name, array in {**parts, **(adapter.bases._asdict() if adapter.bases else {})}.items():
         if array.dtype not in FLOAT_DTYPES:
             yield f"{name} is {array.dtype}: store it as float32, bfloat16 or float16"
+    yield from (adalora.misfits if isinstance(adapter.config, AdaLoraConfig) else _misfits_of_factors)(adapter)
+
+
+def _misfits_of_factors(adapter: Adapter) -> Iterable[str]:
+    r, shapes = adapter.config.r, adapter.shapes
     for name, (lam, gamma) in adapter.factors.items():
         n, min_dim = gamma.shape if gamma.ndim == 2 else (0, 0)
         if lam.shape != (r, n) or min_dim < 1 or n != num_bases(min_dim, r):

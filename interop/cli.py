@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter
 from interop.bases import RECIPES, bases_digest
 from interop.config import RandLoraConfig
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="randlora",
-        description="RandLoRA adapters in PEFT's format.",
+        description="RandLoRA and AdaLoRA adapters in PEFT's format.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -59,31 +60,46 @@ def _parser() -> argparse.ArgumentParser:
 
 def summary(adapter: Adapter) -> dict[str, Any]:
     """What an adapter holds, as JSON-compatible values."""
-    bases = adapter.bases
+    config, parts = adapter.config, [part for factors in adapter.factors.values() for part in factors]
     return {
-        "method": "RandLoRA",
-        "r": adapter.config.r,
-        "randlora_alpha": adapter.config.randlora_alpha,
-        "bases": _kind(adapter.config),
-        "seed": adapter.config.projection_prng_key,
-        "recipe": adapter.recipe,
-        "bases_sha256": None if bases is None else bases_digest(bases),
-        "bases_shapes": None if bases is None else {"A": list(bases.A.shape), "B": list(bases.B.shape)},
-        "bases_bytes": None if bases is None else sum(array.nbytes for array in bases),
+        "method": config.METHOD,
+        **(_of_adalora(config) if isinstance(config, AdaLoraConfig) else _of_randlora(adapter)),
         "trainable_parameters": adapter.num_trainable,
-        "trainable_bytes": sum(part.nbytes for pair in adapter.factors.values() for part in pair),
+        "trainable_bytes": sum(part.nbytes for part in parts),
         "other_tensors": sorted(adapter.saved_weights),
         "modules": {
             name: {
                 "shape": None if adapter.shapes is None else list(adapter.shapes[name]),
-                "short_side": gamma.shape[1],
-                "num_bases": gamma.shape[0],
-                "parameters": lam.size + gamma.size,
-                "dtype": str(lam.dtype),
+                **(
+                    {"rank": len(factors.E)}
+                    if isinstance(factors, SVDFactors)
+                    else {"short_side": factors.gamma.shape[1], "num_bases": factors.gamma.shape[0]}
+                ),
+                "parameters": sum(part.size for part in factors),
+                "dtype": str(factors[0].dtype),
             }
-            for name, (lam, gamma) in adapter.factors.items()
+            for name, factors in adapter.factors.items()
         },
     }
+
+
+def _of_randlora(adapter: Adapter) -> dict[str, Any]:
+    config, bases = adapter.config, adapter.bases
+    return {
+        "r": config.r,
+        "randlora_alpha": config.randlora_alpha,
+        "bases": _kind(config),
+        "seed": config.projection_prng_key,
+        "recipe": adapter.recipe,
+        "bases_sha256": None if bases is None else bases_digest(bases),
+        "bases_shapes": None if bases is None else {"A": list(bases.A.shape), "B": list(bases.B.shape)},
+        "bases_bytes": None if bases is None else sum(array.nbytes for array in bases),
+    }
+
+
+def _of_adalora(config: AdaLoraConfig) -> dict[str, Any]:
+    fields = ("init_r", "target_r", "lora_alpha", "tinit", "tfinal", "total_step")
+    return {**{name: getattr(config, name) for name in fields}, "pruned": config.rank_pattern is not None}
 
 
 def _kind(config: RandLoraConfig) -> str:
@@ -97,12 +113,14 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     modules = facts.pop("modules")
     for name, value in facts.items():
-        print(f"{name:<21} {value:,d}" if isinstance(value, int) and "seed" not in name else f"{name:<21} {value}")
+        grouped = type(value) is int and "seed" not in name
+        print(f"{name:<21} {value:,d}" if grouped else f"{name:<21} {value}")
     print(f"{'modules':<21} {len(modules)}")
     width = max(map(len, modules))
     for name, module in modules.items():
         size = "x".join(map(str, module["shape"])) if module["shape"] else f"short side {module['short_side']}"
-        counts = f"{module['num_bases']:>4} bases  {module['parameters']:>11,d} {module['dtype']}"
+        units = f"rank {module['rank']:>4}" if "rank" in module else f"{module['num_bases']:>4} bases"
+        counts = f"{units}  {module['parameters']:>11,d} {module['dtype']}"
         print(f"  {name:<{width}}  {size:>13}  {counts}")
 
 

@@ -4,10 +4,13 @@ import importlib
 import os
 from typing import Any
 
+from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
+from interop.config import RandLoraConfig
 from interop.files import load
 
 _STACKS = {"jax": "randlora_jax", "torch": "randlora_torch"}
+_ADAPTERS = {RandLoraConfig: "RandLoraAdapter", AdaLoraConfig: "AdaLoraAdapter"}  # what each stack calls them
 _MODEL_ROOTS = {"flax": "jax", "torch": "torch"}  # package that a model's base class comes from -> stack
 TARGETS = (*_STACKS, "peft")
 
@@ -16,9 +19,10 @@ def convert(source: Any, to: str) -> Any:
     """Move an adapter to another stack. Arrays are renamed, never recomputed: round trips give the same bytes.
 
     Args:
-        source: A folder, an `interop.Adapter`, a `RandLoraAdapter` of either stack, or a model with one attached.
-        to: "jax" for a `randlora_jax.RandLoraAdapter`, "torch" for a `randlora_torch.RandLoraAdapter`, "peft" for an
-            `interop.Adapter` ready for `interop.save`.
+        source: A folder, an `interop.Adapter`, a `RandLoraAdapter` or `AdaLoraAdapter` of either stack, or a model with
+            one attached.
+        to: "jax" for `randlora_jax.RandLoraAdapter` or `AdaLoraAdapter`, "torch" for those of `randlora_torch`, "peft"
+            for an `interop.Adapter` ready for `interop.save`.
 
     Raises:
         ValueError: `to` is none of these.
@@ -29,7 +33,9 @@ def convert(source: Any, to: str) -> Any:
     if to not in TARGETS:
         raise ValueError(f"to={to!r} is not a stack: choose one of {TARGETS}.")
     adapter = _as_adapter(source)
-    return adapter if to == "peft" else _stack(to).RandLoraAdapter.from_interop(adapter)
+    if to == "peft":
+        return adapter
+    return getattr(_stack(to), _ADAPTERS[type(adapter.config)]).from_interop(adapter)
 
 
 def _as_adapter(source: Any) -> Adapter:
@@ -44,7 +50,7 @@ def _as_adapter(source: Any) -> Adapter:
         if stack is not None:
             return _stack(stack).extract(source).to_interop()
     raise TypeError(
-        f"source is a {type(source).__name__}, which holds no adapter: pass a folder, an Adapter, a RandLoraAdapter, or"
+        f"source is a {type(source).__name__}, which holds no adapter: pass a folder, an Adapter of any kind, or"
         " a torch or Flax NNX model with an adapter attached."
     )
 

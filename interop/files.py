@@ -1,23 +1,21 @@
 """PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read strictly and replaced as one.
 
-Keys are `base_model.model.<module>.randlora_lambda|gamma`, and for the bases `base_model.randlora_A|B` (one copy, as
-PEFT's main branch writes it) or a copy per layer (PEFT <= 0.21.2), which must then all be equal. What PEFT does not
-record (recipe, shapes, SHA-256 of bases and config) stands as JSON under `randlora` in the safetensors metadata.
+What PEFT does not record (recipe, shapes, SHA-256 of bases and config) stands as JSON under `randlora` in the metadata
+of the safetensors file; the tensors are those of `interop.contents`.
 """
 
 import dataclasses
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError
 
-from interop.adapter import Adapter, Factors
+from interop.adalora import AdaLoraConfig
+from interop.adapter import Adapter
 from interop.bases import (
     DEFAULT_RECIPE,
     RECIPES,
@@ -28,15 +26,14 @@ from interop.bases import (
     recipe_gives_A,
 )
 from interop.config import RandLoraConfig
-from interop.errors import AdapterFormatError, bulleted
+from interop.contents import Contents, read_tensors, to_tensors
+from interop.errors import AdapterFormatError
+from interop.fields import AdapterConfig
 from interop.folder import CONFIG_HASH, CONFIG_NAME, WEIGHTS_NAME, ConfigFile, digest, open_pair, replace_pair
 from interop.shapes import shared_dims
-from interop.targets import EMBEDDINGS, in_modules
-from interop.tensorfile import DTYPES, safetensors_parts
+from interop.tensorfile import safetensors_parts
 
 FORMAT_VERSION = 1
-
-_KEY = re.compile(r"(?s)base_model\.(?:model\.(?P<module>.+)\.)?randlora_(?P<part>lambda|gamma|A|B)")
 
 
 def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Adapter:
@@ -62,14 +59,14 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
     try:
         with open_pair(directory) as (file, found):
             config = _parse_config(found)
-            factors, bases, saved_weights = _read_tensors(path, file, config)
+            contents = read_tensors(path, file, config)
             notes = _read_notes(path, file.metadata() or {})
     except SafetensorError as error:
         raise AdapterFormatError(
             f"{path} is not a valid safetensors file ({error}). Copy or download it again."
         ) from error
     try:
-        return _assemble(path, config, factors, bases, saved_weights, notes, recipe)
+        return _assemble(path, config, contents, notes, recipe)
     except AdapterFormatError as error:
         raise AdapterFormatError(f"{path}: {error}") from error
 
@@ -87,23 +84,7 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
         ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet.
         OSError: a file cannot be written, or another process saved there at once and no lock could prevent it.
     """
-    with_bases = adapter.config.save_projection
-    if with_bases and adapter.bases is None:
-        raise ValueError(
-            "save_projection=True, but the bases of this adapter are not known: bind it to its model first"
-            " (adapter.bind(shapes)), or set save_projection=False."
-        )
-    if not with_bases and adapter.bases is not None and identify_recipe(adapter.config, adapter.bases) is None:
-        raise ValueError(
-            "save_projection=False, but no recipe rebuilds the bases of this adapter, so they would be lost:"
-            " save it with save_projection=True."
-        )
-    tensors: dict[str, np.ndarray] = dict(adapter.saved_weights)
-    for name, (lam, gamma) in adapter.factors.items():
-        tensors[f"base_model.model.{name}.randlora_lambda"] = lam
-        tensors[f"base_model.model.{name}.randlora_gamma"] = gamma
-    if with_bases and adapter.bases is not None:
-        tensors["base_model.randlora_A"], tensors["base_model.randlora_B"] = adapter.bases
+    tensors = to_tensors(adapter, with_bases=_saves_bases(adapter))
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(
@@ -116,21 +97,39 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     replace_pair(directory, config, safetensors_parts(tensors, metadata))
 
 
-def _config_on_disk(adapter: Adapter) -> RandLoraConfig:
+def _saves_bases(adapter: Adapter) -> bool:
+    """Whether the bases go into the file, after checking that none are lost."""
+    config = adapter.config
+    if isinstance(config, AdaLoraConfig):
+        return False
+    if config.save_projection and adapter.bases is None:
+        raise ValueError(
+            "save_projection=True, but the bases of this adapter are not known: bind it to its model first"
+            " (adapter.bind(shapes)), or set save_projection=False."
+        )
+    if not config.save_projection and adapter.bases is not None and identify_recipe(config, adapter.bases) is None:
+        raise ValueError(
+            "save_projection=False, but no recipe rebuilds the bases of this adapter, so they would be lost:"
+            " save it with save_projection=True."
+        )
+    return config.save_projection
+
+
+def _config_on_disk(adapter: Adapter) -> RandLoraConfig | AdaLoraConfig:
     config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
     if config.exclude_modules is None and config.target_modules != "all-linear":
         return config
     return config.with_targets(adapter.modules)
 
 
-def _parse_config(file: ConfigFile) -> RandLoraConfig:
+def _parse_config(file: ConfigFile) -> RandLoraConfig | AdaLoraConfig:
     try:
         fields = json.loads(file.content.decode("utf-8-sig"))
         if not isinstance(fields, dict):
             raise ValueError(f"holds a JSON {type(fields).__name__}, not an object")
-        return RandLoraConfig.from_dict(fields)
+        return AdapterConfig.from_dict({"inference_mode": True, **fields})
     except (ValueError, TypeError, RecursionError) as error:
-        raise AdapterFormatError(f"{file.path} is not a valid RandLoRA config: {error}") from error
+        raise AdapterFormatError(f"{file.path} is not a valid config of an adapter: {error}") from error
 
 
 def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -174,70 +173,15 @@ def _notes(adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _read_tensors(
-    path: Path, file: Any, config: RandLoraConfig
-) -> tuple[dict[str, Factors], Bases | None, dict[str, np.ndarray]]:
-    """Sort the tensors of a file into factors, one copy of the bases, and what else the config accounts for."""
-    found: dict[str, dict[str, np.ndarray]] = {}
-    copies: dict[str, np.ndarray] = {}
-    others: dict[str, np.ndarray] = {}
-    problems: list[str] = []
-    for key in file.keys():
-        code = file.get_slice(key).get_dtype()
-        match = _KEY.fullmatch(key)
-        if code not in DTYPES:
-            problems.append(f"{key}: dtype {code} is not one of {sorted(DTYPES)}")
-        elif match is None:
-            if not _accounted_for(key, config):
-                problems.append(f"{key}: left over; neither a RandLoRA tensor nor named by bias or modules_to_save")
-            else:
-                others[key] = file.get_tensor(key)
-        elif match["part"] in "AB":
-            value = file.get_tensor(key)
-            first = copies.setdefault(match["part"], value)
-            if not _same_bits(first, value):
-                problems.append(f"{key}: differs from another copy of basis {match['part']} in the same file")
-        elif match["module"] is None:
-            problems.append(f"{key}: left over; lambda and gamma belong to a module")
-        else:
-            found.setdefault(match["module"], {})[match["part"]] = file.get_tensor(key)
-    for module, parts in found.items():
-        problems += [
-            f"base_model.model.{module}.randlora_{part}: missing" for part in ("lambda", "gamma") if part not in parts
-        ]
-    problems += [
-        f"base_model.randlora_{part}: missing, the other basis is there" for part in {"A", "B"} - set(copies) if copies
-    ]
-    if problems:
-        raise AdapterFormatError(bulleted(f"{path} is not a complete RandLoRA adapter", problems))
-    factors = {module: Factors(parts["lambda"], parts["gamma"]) for module, parts in found.items()}
-    return factors, Bases(copies["A"], copies["B"]) if copies else None, others
-
-
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
-
-
-def _accounted_for(key: str, config: RandLoraConfig) -> bool:
-    """Whether a tensor that is not RandLoRA's own is one that PEFT saves for this config."""
-    *path, last = key.removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
-    if (config.bias != "none" and last == "bias") or (path and path[-1] in EMBEDDINGS):
-        return True
-    return in_modules(".".join(path), config.modules_to_save)
-
-
 def _assemble(
     path: Path,
-    config: RandLoraConfig,
-    factors: dict[str, Factors],
-    bases: Bases | None,
-    saved_weights: dict[str, np.ndarray],
+    config: RandLoraConfig | AdaLoraConfig,
+    contents: Contents,
     notes: dict[str, Any],
     recipe: str | None,
 ) -> Adapter:
     """Check what was read against the notes, and rebuild or identify the bases."""
+    bases = contents.bases
     noted = notes.get("recipe")
     if noted is not None and noted not in RECIPES:
         raise AdapterFormatError(f"the bases were made by the unknown recipe {noted!r}. Upgrade randlora.")
@@ -248,12 +192,14 @@ def _assemble(
     shapes = notes.get("shapes")
     adapter = Adapter(
         config=config,
-        factors=factors,
+        factors=contents.factors,
         bases=bases,
         recipe=noted or recipe,
         shapes=shapes and {name: tuple(shape) for name, shape in shapes.items()},
-        saved_weights=saved_weights,
+        saved_weights=contents.saved_weights,
     )
+    if isinstance(config, AdaLoraConfig):
+        return adapter
     if bases is None:
         return _without_bases(path, adapter, notes)
     if notes:

@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from interop.config import RandLoraConfig
+from interop.adalora import AdaLoraConfig
+from interop.fields import AdapterConfig
 
 MAX_LISTED = 20
 NOT_LINEAR = "not a linear layer"
@@ -32,10 +33,18 @@ DEFAULT_TARGETS: dict[str, str | tuple[str, ...]] = {
     "rwkv": ("key", "value", "receptance", "output"),
     "rwkv7": ("r_proj", "k_proj", "v_proj", "o_proj", "key", "value"),
 }
+# Where its table for AdaLoRA says another thing.
+ADALORA_TARGETS = {
+    "t5": ("q", "k", "v", "o", "wi", "wo"),
+    "mt5": ("q", "k", "v", "o", "wi_0", "wi_1", "wo"),
+    **dict.fromkeys(("bart", "opt"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")),
+    "roberta": ("query", "key", "value", "dense"),
+    "deberta-v2": ("query_proj", "key_proj", "value_proj", "dense"),
+}
 
 
 def resolve_targets(
-    config: RandLoraConfig,
+    config: AdapterConfig,
     layers: Sequence[str],
     *,
     output_layers: Iterable[str] = (),
@@ -88,9 +97,10 @@ def in_modules(name: str, entries: Iterable[str] | None) -> bool:
     return bool(ends) and any(".".join(parts[:k]).endswith(ends) for k in range(1, len(parts) + 1))
 
 
-def default_targets(model_type: str | None) -> str | tuple[str, ...] | None:
+def default_targets(model_type: str | None, config: AdapterConfig | None = None) -> str | tuple[str, ...] | None:
     """What `target_modules=None` means for a transformers model, or None if nothing is known of it."""
-    return DEFAULT_TARGETS.get(model_type or "")
+    of_adalora = ADALORA_TARGETS if isinstance(config, AdaLoraConfig) else {}
+    return (DEFAULT_TARGETS | of_adalora).get(model_type or "")
 
 
 def _matcher(entry: str, *, regex: bool) -> Callable[[str], bool]:
@@ -153,7 +163,7 @@ def _layer_index(name: str, patterns: tuple[str, ...]) -> int | None:
     return None
 
 
-def _restrict_to_layers(config: RandLoraConfig, chosen: list[str]) -> list[str]:
+def _restrict_to_layers(config: AdapterConfig, chosen: list[str]) -> list[str]:
     """Of the layers that were not named in full, those in the blocks that `layers_to_transform` lists."""
     indices, patterns = config.layers_to_transform, config.layers_pattern or ()
     if indices is None or indices == ():

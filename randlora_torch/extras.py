@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from interop.adapter import Adapter
-from interop.config import HEADS, RandLoraConfig
+from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
+from interop.fields import HEADS
 from interop.targets import EMBEDDINGS, in_modules
 from randlora_torch.bases import to_torch
 from randlora_torch.saved import TrainedBiases, bias_names

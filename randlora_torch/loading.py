@@ -12,8 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from interop.adapter import Adapter, init_adapter
 from interop.bases import Bases, bases_digest
-from interop.config import HEADS, RandLoraConfig
+from interop.config import RandLoraConfig
 from interop.errors import bulleted
+from interop.fields import HEADS
 from interop.files import load
 from interop.targets import default_targets, resolve_targets
 from randlora_torch.adapter import RandLoraAdapter

@@ -293,7 +293,7 @@ CHANGES = {
     "B missing": ({"drop": ["base_model.randlora_B"]}, r"base_model\.randlora_B: missing, the other basis is there"),
     "left over": (
         {"add": {"base_model.model.head.weight": np.ones(2, np.float32)}},
-        r"base_model\.model\.head\.weight: left over; neither a RandLoRA tensor nor named by bias or modules_to_save",
+        r"base_model\.model\.head\.weight: left over; no tensor of RandLoRA, nor named by bias or modules_to_save",
     ),
     "lambda of no module": (
         {"add": {"base_model.randlora_lambda": np.ones((4, 2), np.float32)}},
@@ -302,7 +302,7 @@ CHANGES = {
     "named adapter": ({"add": {LAM + ".default": np.ones((4, 2), np.float32)}}, r"randlora_lambda\.default: left over"),
     "lora": (
         {"add": {"base_model.model.q.lora_A.weight": np.ones(2, np.float32)}},
-        r"lora_A\.weight: left over; neither",
+        r"lora_A\.weight: left over; no tensor of RandLoRA",
     ),
     "float64": (
         {"add": {LAM: np.ones((4, 2), np.float64)}},
@@ -404,19 +404,19 @@ def test_a_truncated_file_is_refused_with_a_remedy(folder, cut):
 
 
 CONFIG_TEXTS = {
-    "no JSON": ("{", r"adapter_config\.json is not a valid RandLoRA config: "),
-    "no object": ("[]", r"is not a valid RandLoRA config: holds a JSON list, not an object"),
+    "no JSON": ("{", r"adapter_config\.json is not a valid config of an adapter: "),
+    "no object": ("[]", r"is not a valid config of an adapter: holds a JSON list, not an object"),
     "null": ("null", r"holds a JSON NoneType, not an object"),
     "LoRA": (
         '{"peft_type": "LORA"}',
-        r"peft_type='LORA' is not a RandLoRA adapter: only 'RANDLORA' can be read here\.",
+        r"peft_type='LORA' is not a RandLoRA or AdaLoRA adapter: only 'RANDLORA' and 'ADALORA' can be read here\.",
     ),
     "r=0": ('{"r": 0}', r"r=0: must be at least 1"),
     "r of a wrong type": ('{"r": "8"}', r"r='8': must be an int"),
     "huge alpha": ('{"randlora_alpha": 1' + 400 * "0" + "}", r"must be a finite number"),
     "not a number": ('{"randlora_alpha": NaN}', r"randlora_alpha=nan: must be a finite number"),
-    "deep": ("[" * 100_000, r"is not a valid RandLoRA config"),
-    "not UTF-8": (b"\xff\xfe{}", r"is not a valid RandLoRA config: 'utf-8' codec"),
+    "deep": ("[" * 100_000, r"is not a valid config of an adapter"),
+    "not UTF-8": (b"\xff\xfe{}", r"is not a valid config of an adapter: 'utf-8' codec"),
 }
 
 
