@@ -67,7 +67,9 @@ class AdaLoraConfig(AdapterConfig):
     METHOD: ClassVar[str] = "AdaLoRA"
     BIAS_CHOICES: ClassVar[tuple[str, ...]] = ("none", "all", "lora_only")
     INTS: ClassVar[tuple[str, ...]] = ("r", "init_r", "target_r", "tinit", "tfinal", "deltaT")
-    NUMBERS: ClassVar[tuple[str, ...]] = ("lora_alpha", "lora_dropout", "beta1", "beta2", "orth_reg_weight")
+    NUMBERS: ClassVar[tuple[str, ...]] = (
+        *("total_step", "lora_alpha", "lora_dropout", "beta1", "beta2", "orth_reg_weight"),
+    )
 
     target_r: int = 8
     init_r: int = 12
@@ -192,11 +194,14 @@ def _normalized(pattern: Any) -> dict[str, tuple[bool, ...]] | None:
     for key, mask in pattern.items():
         match = _PATTERN_KEY.fullmatch(key) if isinstance(key, str) else None
         values = tuple(mask.tolist() if hasattr(mask, "tolist") else mask) if isinstance(mask, Iterable) else (None,)
-        if match is None or not all(isinstance(value, bool) for value in values):
+        if match is None or not all(isinstance(value, bool | np.bool_) for value in values):
             raise TypeError(
                 f"rank_pattern: {key!r}: {mask!r} is not the name of a lora_E with a list of True or False."
             )
-        found[f"{match['module']}.lora_E"] = values
+        name = f"{match['module']}.lora_E"
+        if name in found:
+            raise ValueError(f"rank_pattern: {key!r} is one of two entries for {name!r}. Keep one of them.")
+        found[name] = tuple(map(bool, values))
     return found or None
 
 
@@ -221,7 +226,7 @@ def delta_weight(factors: SVDFactors, scaling: float) -> np.ndarray:
 
 def keep_triplets(factors: SVDFactors, mask: Sequence[bool]) -> SVDFactors:
     """Those triplets for which the mask is True; works on arrays of any framework."""
-    index = [i for i, kept in enumerate(mask) if kept]
+    index = np.flatnonzero(mask)  # jax takes no lists
     return SVDFactors(factors.A[index], factors.E[index], factors.B[:, index])
 
 
@@ -231,7 +236,7 @@ def misfits(adapter: Any) -> Iterable[str]:
     for name, factors in adapter.factors.items():
         shapes = SVDFactors(*(tuple(part.shape) for part in factors))
         wide = shapes.A[1:] + shapes.B[:1]
-        if len(wide) != 2 or shapes != factor_shapes(config.rank(name), (wide[1], wide[0])):
+        if len(wide) != 2 or 0 in wide or shapes != factor_shapes(config.rank(name), (wide[1], wide[0])):
             yield (
                 f"{name}: lora_A {shapes.A}, lora_E {shapes.E} and lora_B {shapes.B} do not fit"
                 f" {config.rank(name)} triplets (init_r, rank_pattern): they are (r, in), (r, 1), (out, r)"

@@ -56,6 +56,11 @@ class Adapter:
     def __post_init__(self) -> None:
         """Sort the modules by name and check that all parts fit together."""
         kind = factors_kind(self.config)
+        foreign = [name for name in sorted(self.factors) if len(self.factors[name]) != len(kind._fields)]
+        if foreign:
+            raise AdapterFormatError(
+                bulleted(f"a layer has {' and '.join(kind._fields)} in {self.config.METHOD}, unlike these", foreign)
+            )
         object.__setattr__(self, "factors", {name: kind(*self.factors[name]) for name in sorted(self.factors)})
         if self.shapes is not None:
             shapes = {name: (int(out), int(inp)) for name, (out, inp) in sorted(self.shapes.items())}

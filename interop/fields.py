@@ -125,8 +125,9 @@ class AdapterConfig:
         peft_type = fields.pop("peft_type", "RANDLORA" if cls is AdapterConfig else cls.PEFT_TYPE)
         if peft_type not in kinds:
             methods = " or ".join(sorted((kind.METHOD for kind in kinds.values()), reverse=True))
+            methods = f"an {methods}" if methods.startswith("A") else f"a {methods}"
             allowed = " and ".join(sorted(map(repr, kinds), reverse=True))
-            raise ValueError(f"peft_type={peft_type!r} is not a {methods} adapter: only {allowed} can be read here.")
+            raise ValueError(f"peft_type={peft_type!r} is not {methods} adapter: only {allowed} can be read here.")
         kind = kinds[peft_type]
         known = {f.name for f in dataclasses.fields(kind)} - {"unknown_fields"}
         unknown = {name: value for name, value in fields.items() if name not in known}

@@ -44,8 +44,8 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
 
     Args:
         directory: The folder with `adapter_config.json` and `adapter_model.safetensors`.
-        recipe: The recipe of the bases (`interop.RECIPES`), for a file that holds no bases and does not name it.
-            Without it, today's torch is assumed and a warning says so.
+        recipe: The recipe of the bases (`interop.RECIPES`), for a file of RandLoRA that holds no bases and does not
+            name it. Without it, today's torch is assumed and a warning says so.
 
     Raises:
         FileNotFoundError: the folder or one of its two files does not exist.
@@ -117,7 +117,7 @@ def _saves_bases(adapter: Adapter) -> bool:
 
 def _config_on_disk(adapter: Adapter) -> RandLoraConfig | AdaLoraConfig:
     config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
-    if config.exclude_modules is None and config.target_modules != "all-linear":
+    if config.exclude_modules is None and str(config.target_modules).lower() != "all-linear":
         return config
     return config.with_targets(adapter.modules)
 
@@ -183,6 +183,8 @@ def _assemble(
     """Check what was read against the notes, and rebuild or identify the bases."""
     bases = contents.bases
     noted = notes.get("recipe")
+    if isinstance(config, AdaLoraConfig) and recipe is not None:
+        raise AdapterFormatError(f"it is an AdaLoRA adapter and has no bases for recipe={recipe!r}. Drop the argument.")
     if noted is not None and noted not in RECIPES:
         raise AdapterFormatError(f"the bases were made by the unknown recipe {noted!r}. Upgrade randlora.")
     if recipe and noted and recipe != noted:

@@ -3,6 +3,8 @@
 `dW = scaling * sum over n bases b and r ranks k of B_b[:, k] Lambda_b[k, k] (A[k, :] * Gamma_b)` (arXiv:2502.00987).
 PEFT flattens the scaled A as `k*n + b` and B as it lies in memory, `b*r + k`, and multiplies the two: number j of one
 meets number j of the other, which pairs the same random columns and rows in a shuffled order.
+
+AdaLoRA's update is a sum, too: over triplets of a singular value and its two vectors.
 """
 
 import numpy as np
@@ -49,3 +51,12 @@ def _short_side_is_output(shape):
 
 def _float64(array):
     return np.asarray(array).astype(np.float64)
+
+
+def svd_delta_weight(A, E, B, *, scaling):
+    """AdaLoRA's `P Lambda Q` (arXiv:2303.10512, section 3.1), one triplet after the other; 0 if none is left."""
+    A, E, B = _float64(A), _float64(E), _float64(B)
+    delta = np.zeros((B.shape[0], A.shape[1]))
+    for i in range(len(E)):
+        delta += E[i, 0] * np.outer(B[:, i], A[i])
+    return scaling * delta
