@@ -1,20 +1,27 @@
-"""RandLoRA (arXiv:2502.00987) for PyTorch: adapters in place on plain, 8-bit and 4-bit models, in PEFT's format."""
+"""RandLoRA and AdaLoRA for PyTorch: adapters in place on plain, 8-bit and 4-bit models, in PEFT's format."""
 
 import importlib
 from typing import Any
 
+from interop.adalora import AdaLoraConfig
 from interop.config import RandLoraConfig
-from randlora_torch.adapter import RandLoraAdapter
-from randlora_torch.attach import extract
+from randlora_torch.adalora import AdaLoraLayer, SVDConv2d, SVDLinear
+from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
 from randlora_torch.bases import BufferDict, layer_bases, make_bases
+from randlora_torch.extracting import extract
 from randlora_torch.gradients import UniqueBaseGrad, apply_delta, delta_weight
 from randlora_torch.kbit import prepare_model_for_kbit_training
-from randlora_torch.layer import Linear, RandLoraLayer
 from randlora_torch.merging import Rounding
-from randlora_torch.model import RandLoraModel, get_peft_model, load_adapter
+from randlora_torch.model import AdaLoraModel, RandLoraModel, get_peft_model, load_adapter
+from randlora_torch.randlora import Linear, RandLoraLayer
+from randlora_torch.rank_allocator import RankAllocator
 from randlora_torch.saved import ModulesToSaveWrapper
 
 __all__ = [
+    "AdaLoraAdapter",
+    "AdaLoraConfig",
+    "AdaLoraLayer",
+    "AdaLoraModel",
     "BufferDict",
     "Linear",
     "ModulesToSaveWrapper",
@@ -22,7 +29,10 @@ __all__ = [
     "RandLoraConfig",
     "RandLoraLayer",
     "RandLoraModel",
+    "RankAllocator",
     "Rounding",
+    "SVDConv2d",
+    "SVDLinear",
     "UniqueBaseGrad",
     "apply_delta",
     "delta_weight",
@@ -34,8 +44,12 @@ __all__ = [
     "prepare_model_for_kbit_training",
 ]
 
-# What needs an optional package is imported when it is asked for.
-_OPTIONAL = {"Linear4bit": "bnb", "Linear8bitLt": "bnb", "accelerate_peft": "peft_host"}
+# What needs an optional package, or is slow to import, is imported when it is asked for.
+_OPTIONAL = {
+    **dict.fromkeys(("Linear4bit", "Linear8bitLt", "SVDLinear4bit", "SVDLinear8bitLt"), "bnb"),
+    "AdaLoraCallback": "callback",
+    "accelerate_peft": "peft_host",
+}
 
 
 def __getattr__(name: str) -> Any:

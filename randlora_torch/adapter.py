@@ -1,21 +1,50 @@
-"""`RandLoraAdapter`: an adapter as torch tensors, apart from any model."""
+"""`RandLoraAdapter` and `AdaLoraAdapter`: adapters as torch tensors, apart from any model."""
 
 import dataclasses
 import os
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
+from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter, Factors, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.files import save
+from randlora_torch import svd
 from randlora_torch.bases import layer_bases, to_numpy, to_torch
 from randlora_torch.gradients import delta_weight
 
 
+class _TorchAdapter:
+    """What adapters of all methods can do."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers."""
+        return tuple(self.factors)
+
+    def to_interop(self) -> Adapter:
+        """The same numbers in numpy; what is trained is copied, so further training does not change it."""
+        raise NotImplementedError
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the adapter in PEFT's format; see `interop.save`."""
+        save(self.to_interop(), directory)
+
+
+def _copied(tensors: Any) -> Any:
+    """A dict or NamedTuple of tensors as numpy arrays with their own memory."""
+    if isinstance(tensors, dict):
+        return {key: _copied(value) for key, value in tensors.items()}
+    if isinstance(tensors, tuple):
+        return type(tensors)(*map(_copied, tensors))
+    return to_numpy(tensors).copy()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class RandLoraAdapter:
+class RandLoraAdapter(_TorchAdapter):
     """A RandLoRA adapter (arXiv:2502.00987) on torch tensors, keyed by module name, in torch's (out, in) coordinates.
 
     Attributes:
@@ -33,11 +62,6 @@ class RandLoraAdapter:
     shapes: dict[str, tuple[int, int]] | None = None
     recipe: str | None = None
     saved_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the adapted layers."""
-        return tuple(self.factors)
 
     def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> Float[Tensor, "outputs inputs"]:
         """The update of one layer in torch's (out, in) orientation, float32 or wider.
@@ -82,18 +106,57 @@ class RandLoraAdapter:
 
     def to_interop(self) -> Adapter:
         """The same numbers in numpy; what is trained is copied, so further training does not change it."""
-        factors = {name: Factors(*(to_numpy(part).copy() for part in pair)) for name, pair in self.factors.items()}
-        bases = Bases(*map(to_numpy, self.bases))
-        saved = {key: to_numpy(value).copy() for key, value in self.saved_weights.items()}
         return Adapter(
             config=self.config,
-            factors=factors,
-            bases=bases,
+            factors=_copied(self.factors),
+            bases=Bases(*map(to_numpy, self.bases)),
             recipe=self.recipe,
             shapes=self.shapes,
-            saved_weights=saved,
+            saved_weights=_copied(self.saved_weights),
         )
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the adapter in PEFT's format; see `interop.save`."""
-        save(self.to_interop(), directory)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class AdaLoraAdapter(_TorchAdapter):
+    """An AdaLoRA adapter (arXiv:2303.10512) on torch tensors, keyed by module name, in torch's (out, in) coordinates.
+
+    Attributes:
+        factors: A (r, in), E (r, 1) and B (out, r) of each adapted layer, with the ranks that are left.
+        config: The adapter's `AdaLoraConfig`.
+        shapes: (out, in) of each adapted layer.
+        saved_weights: What is trained besides them (biases, modules_to_save), under the keys of the file.
+    """
+
+    factors: dict[str, SVDFactors]
+    config: AdaLoraConfig
+    shapes: dict[str, tuple[int, int]]
+    saved_weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> Float[Tensor, "outputs inputs"]:
+        """The update of one layer in torch's (out, in) orientation, float32 or wider; `shape` is checked if given.
+
+        Raises:
+            KeyError: `module` is not adapted.
+            ValueError: the shape does not fit.
+        """
+        resolve_shape(self, module, shape)
+        return svd.delta_weight(*self.factors[module], scaling=self.config.scaling)
+
+    @classmethod
+    def from_interop(cls, adapter: Adapter) -> "AdaLoraAdapter":
+        """The same numbers as CPU tensors; dtypes are kept."""
+        return cls(
+            factors={name: SVDFactors(*map(to_torch, parts)) for name, parts in adapter.factors.items()},
+            config=adapter.config,
+            shapes=dict(adapter.shapes),
+            saved_weights={key: to_torch(value) for key, value in adapter.saved_weights.items()},
+        )
+
+    def to_interop(self) -> Adapter:
+        """The same numbers in numpy, copied, so further training does not change it."""
+        return Adapter(
+            config=self.config,
+            factors=_copied(self.factors),
+            shapes=self.shapes,
+            saved_weights=_copied(self.saved_weights),
+        )

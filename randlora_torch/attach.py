@@ -3,20 +3,22 @@
 import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from interop.adapter import Adapter, Factors
+from interop.adalora import AdaLoraConfig
+from interop.adapter import Adapter
 from interop.bases import Bases
 from interop.config import RandLoraConfig
-from randlora_torch.adapter import RandLoraAdapter
+from randlora_torch.adalora import layer_options
 from randlora_torch.bases import BufferDict, to_torch
-from randlora_torch.extras import Extras, embedding_parameters, extra_parameters, find_extras, match_extras
-from randlora_torch.layer import BASE_ROWS, RandLoraLayer, Rows
+from randlora_torch.extras import Extras, extra_parameters, find_extras, match_extras
+from randlora_torch.layer import BASE_ROWS, AdapterLayer, Rows
 from randlora_torch.merging import is_sharded
+from randlora_torch.rank_allocator import RankAllocator
 from randlora_torch.saved import ModulesToSaveWrapper
 from randlora_torch.structure import (
     adapted_layers,
@@ -35,15 +37,32 @@ class AttachedAdapter:
         config: Its config.
         recipe: Name of the recipe of its bases, or None.
         modules: Names of the adapted layers.
-        bases_dtypes: The dtypes of A and B in its file; in memory they may be wider, for speed.
-        extras: What it holds besides lambda and gamma.
+        extras: What it holds besides the parameters of its layers.
+        bases_dtypes: The dtypes of A and B in its file; in memory they may be wider, for speed. () without bases.
+        held: Which of its `init_r` triplets the parameters of an AdaLoRA adapter hold, by layer: those that were left
+            when it was attached.
+        allocator: What takes more of them away while it trains.
     """
 
-    config: RandLoraConfig
+    config: RandLoraConfig | AdaLoraConfig
     recipe: str | None
     modules: tuple[str, ...]
-    bases_dtypes: tuple[torch.dtype, torch.dtype]
     extras: Extras
+    bases_dtypes: tuple[torch.dtype, ...] = ()
+    held: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    allocator: RankAllocator | None = None
+
+    def rows_kept(self, module: str) -> tuple[bool, ...]:
+        """Which rows of an AdaLoRA layer's parameters the config keeps."""
+        kept = self.config.kept(module)
+        return tuple(kept[i] for i in self.held[module])
+
+    def config_keeping(self, rows: Mapping[str, Iterable[bool]]) -> AdaLoraConfig:
+        """The config of an AdaLoRA adapter of which these rows are kept."""
+        left = {name: {i for i, kept in zip(self.held[name], mask, strict=True) if kept} for name, mask in rows.items()}
+        return self.config.with_kept(
+            {name: [i in kept for i in range(self.config.init_r)] for name, kept in left.items()}
+        )
 
 
 @dataclasses.dataclass
@@ -74,36 +93,42 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
     state: Attached = getattr(model, "_randlora", None) or Attached()
     layers = {name: model.get_submodule(name) for name in adapter.modules}
     base = dict(base_modules(model))
-    _check_attachable(model, state)
+    _check_attachable(model, state, config)
     with biases_outside(state):
         extras = find_extras(adapter, model)
     weights = match_extras(adapter, base, extras) if loaded else {}
-    options = (config.r, config.randlora_alpha, config.randlora_dropout)
+    shared, options = _layer_arguments(config, state)
     created = {
-        name: layer_kind(layer)(layer, adapter_name, state.bases_A, state.bases_B, *options)
+        name: layer_kind(layer, config)(layer, adapter_name, *shared, *options)
         for name, layer in layers.items()
-        if not isinstance(layer, RandLoraLayer)
+        if not isinstance(layer, AdapterLayer)
     }
     if not state.adapters:
         model.requires_grad_(False)
         if bnb_layers() is not None:
             bnb_layers().protect_from_repacking(model)
-    _share_bases(state, adapter_name, adapter.bases, floating_dtype(model))
+    dtypes = _share_bases(state, adapter_name, adapter.bases, floating_dtype(model))
     _replace(model, layers, created, state)
     for name, factors in adapter.factors.items():
         if name not in created:
             layers[name].update_layer(adapter_name, *options)
-        model.get_submodule(name).set_factors(adapter_name, Factors(*map(to_torch, factors)))
+        model.get_submodule(name).set_factors(adapter_name, type(factors)(*map(to_torch, factors)))
     for name in extras.modules:
         _wrap(model, name, adapter_name)
-    dtypes = tuple(to_torch(basis[:0]).dtype for basis in adapter.bases)
-    info = AttachedAdapter(config, adapter.recipe, adapter.modules, dtypes, extras)
-    state.adapters[adapter_name] = info
+    held = {}
+    if isinstance(config, AdaLoraConfig):
+        held = {name: held_triplets(config, name) for name in adapter.modules}
+    state.adapters[adapter_name] = AttachedAdapter(config, adapter.recipe, adapter.modules, extras, dtypes, held)
     model._randlora = state
     places = saved_parameters(model, adapter_name)
     with torch.no_grad():
         for key, value in weights.items():
             places[key].copy_(value)
+
+
+def held_triplets(config: AdaLoraConfig, module: str) -> tuple[int, ...]:
+    """The numbers, from 0 to below `init_r`, of the triplets that a config keeps in a layer."""
+    return tuple(i for i, kept in enumerate(config.kept(module)) if kept)
 
 
 @contextlib.contextmanager
@@ -130,7 +155,7 @@ def detach_layers(model: nn.Module, *, empty_only: bool = False, keep_saved: boo
         keep_saved: Leave the trained modules that are in force in place of the base's.
     """
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, RandLoraLayer) and not (empty_only and len(module.randlora_lambda)):
+        if isinstance(module, AdapterLayer) and not (empty_only and module.adapter_names):
             model.set_submodule(name, module.base_layer)
         elif isinstance(module, ModulesToSaveWrapper) and not (empty_only and len(module.modules_to_save)):
             model.set_submodule(name, module.current if keep_saved else module.original_module)
@@ -175,68 +200,27 @@ def find_attached(model: Any, adapter_name: str) -> AttachedAdapter:
     return attached[adapter_name]
 
 
-def extract(
-    model: nn.Module,
-    adapter_name: str | None = None,
-    *,
-    state_dict: Mapping[str, Tensor] | None = None,
-    with_embeddings: bool = False,
-) -> RandLoraAdapter:
-    """An adapter attached to `model`, with the current values of its parameters (shared where they are whole).
-
-    Args:
-        model: A model with an adapter attached.
-        adapter_name: Which one; may be left out if there is only one.
-        state_dict: Values to take instead of the model's, under the model's names, where a trainer has gathered them.
-        with_embeddings: Whether to take the base's embeddings and output head along, as PEFT does for added tokens.
-
-    Raises:
-        ValueError: the model has no such adapter, or several and no name was given.
-    """
-    model = getattr(model, "_orig_mod", model)  # of a compiled model
-    attached = attached_to(model)
-    if not attached:
-        inside = [name for name, module in model.named_modules() if getattr(module, "_randlora", None)]
-        hint = f" Its part {inside[0]!r} has one." if inside else " Attach one first."
-        raise ValueError(f"no adapter is attached to this {type(model).__name__}.{hint}")
-    if adapter_name is None and len(attached) != 1:
-        raise ValueError(f"the model has the adapters {list(attached)}: pass adapter_name to say which one.")
-    name = adapter_name or next(iter(attached))
-    info = find_attached(model, name)
-    layers = adapted_layers(model)
-    given = state_dict or {}
-    held = (*model.named_parameters(), *model.named_buffers()) if given else ()
-    gathered = {id(tensor): given[key] for key, tensor in held if key in given}
-
-    def value(tensor: Tensor) -> Tensor:
-        return gathered[id(tensor)].detach() if id(tensor) in gathered else whole(tensor)
-
-    bases = zip((model._randlora.bases_A[name], model._randlora.bases_B[name]), info.bases_dtypes, strict=True)
-    embeddings = embedding_parameters(model, info.modules) if with_embeddings else {}
-    extras = {**embeddings, **saved_parameters(model, name)}
-    return RandLoraAdapter(
-        factors={module: Factors(*map(value, layers[module].factors(name))) for module in info.modules},
-        bases=Bases(*(basis.to(dtype) for basis, dtype in bases)),
-        config=info.config,
-        shapes={module: (layers[module].out_features, layers[module].in_features) for module in info.modules},
-        recipe=info.recipe,
-        saved_weights={key: value(tensor) for key, tensor in extras.items()},
-    )
-
-
 def saved_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """What an adapter holds besides lambda and gamma, under the keys of PEFT's files."""
+    """What an adapter holds besides the parameters of its layers, under the keys of PEFT's files."""
     info = find_attached(model, adapter_name)
     return extra_parameters(model, info.extras, adapter_name, info.modules)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A parameter's full value, gathered from all processes if it is sharded; detached."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+def _layer_arguments(config: RandLoraConfig | AdaLoraConfig, state: Attached) -> tuple[tuple, tuple]:
+    """What an adapted layer is given of the model's, and of the adapter's; the latter also when it gets another one."""
+    if isinstance(config, AdaLoraConfig):
+        return (), layer_options(config)
+    options = (config.r, config.randlora_alpha, config.randlora_dropout)
+    return (state.bases_A, state.bases_B), options
 
 
-def _check_attachable(model: nn.Module, state: Attached) -> None:
+def _check_attachable(model: nn.Module, state: Attached, config: RandLoraConfig | AdaLoraConfig) -> None:
+    other = next((info.config for info in state.adapters.values() if type(info.config) is not type(config)), None)
+    if other is not None:
+        raise ValueError(
+            f"the model carries {other.METHOD} adapters, and one model carries adapters of one method only: delete them"
+            f" (model.unload()) before attaching an {config.METHOD} adapter, or merge them (model.merge_and_unload())."
+        )
     if not state.adapters and adapted_layers(model):
         raise ValueError(
             f"a part of this model, with {next(iter(adapted_layers(model)))!r}, carries adapters already: attach to"
@@ -263,12 +247,21 @@ def _is_of_peft(module: nn.Module) -> bool:
     )
 
 
-def _share_bases(state: Attached, adapter_name: str, bases: Bases, dtype: torch.dtype) -> None:
-    """Store the bases, or share those of another adapter if they are the same; in `dtype` if that loses nothing."""
+def _share_bases(
+    state: Attached, adapter_name: str, bases: Bases | None, dtype: torch.dtype
+) -> tuple[torch.dtype, ...]:
+    """Store the bases, or share those of another adapter if they are the same; in `dtype` if that loses nothing.
+
+    Returns:
+        The dtypes they came in.
+    """
+    if bases is None:
+        return ()
     stored = [_in_dtype(to_torch(basis), dtype) for basis in bases]
     pairs = zip(state.bases_A.values(), state.bases_B.values(), strict=True)
     same = next((pair for pair in pairs if all(map(_same, pair, stored))), None)
     state.bases_A[adapter_name], state.bases_B[adapter_name] = same or stored
+    return tuple(to_torch(basis[:0]).dtype for basis in bases)
 
 
 def _same(held: Tensor, given: Tensor) -> bool:
@@ -280,9 +273,7 @@ def _in_dtype(basis: Tensor, dtype: torch.dtype) -> Tensor:
     return converted if torch.equal(converted.to(basis.dtype), basis) else basis
 
 
-def _replace(
-    model: nn.Module, layers: dict[str, nn.Module], created: dict[str, RandLoraLayer], state: Attached
-) -> None:
+def _replace(model: nn.Module, layers: dict[str, nn.Module], created: dict[str, AdapterLayer], state: Attached) -> None:
     """Put the created layers in place, under every name that their base layers have in the model."""
     aliases: dict[int, list[str]] = collections.defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):

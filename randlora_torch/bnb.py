@@ -1,4 +1,4 @@
-"""RandLoRA on bitsandbytes layers: the only module that knows bitsandbytes."""
+"""Adapters on bitsandbytes layers: the only module that knows bitsandbytes."""
 
 import copy
 import logging
@@ -11,13 +11,15 @@ from bitsandbytes.nn import Linear4bit as Base4bit
 from bitsandbytes.nn import Linear8bitLt as Base8bit
 from torch import Tensor, nn
 
-from randlora_torch.layer import RandLoraLayer
+from randlora_torch.adalora import AdaLoraLayer
+from randlora_torch.layer import AdapterLayer
+from randlora_torch.randlora import RandLoraLayer
 
 logger = logging.getLogger(__name__)
 
 
-class Linear8bitLt(RandLoraLayer):
-    """RandLoRA on an LLM.int8() layer. Merging requantizes row by row; the int8 weight before it can be kept.
+class Int8Weight(AdapterLayer):
+    """The weight of an LLM.int8() layer. Merging requantizes row by row; the int8 weight before it can be kept.
 
     Raises:
         ValueError: the layer is not quantized (`has_fp16_weights=True`, or not moved to its device yet).
@@ -57,8 +59,8 @@ class Linear8bitLt(RandLoraLayer):
         self.base_layer.weight = Int8Params(codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scales)
 
 
-class Linear4bit(RandLoraLayer):
-    """RandLoRA on a 4-bit layer. Merging requantizes with the base's own settings; the packed weight can be kept.
+class PackedWeight(AdapterLayer):
+    """The weight of a 4-bit layer. Merging requantizes with the base's own settings; the packed weight can be kept.
 
     Raises:
         ValueError: the layer is not quantized yet, or bitsandbytes' CPU kernels compute its shape wrongly.
@@ -74,7 +76,7 @@ class Linear4bit(RandLoraLayer):
                 _check_cpu_kernels(self.in_features, base_layer.weight.quant_state.blocksize)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """See `RandLoraLayer.forward`. Before it, the base weight is brought into the one packing that trains."""
+        """See `AdapterLayer.forward`. Before it, the base weight is brought into the one packing that trains."""
         keep_packing(self.base_layer)
         return super().forward(x, *args, **kwargs)
 
@@ -106,6 +108,22 @@ class Linear4bit(RandLoraLayer):
         (weight,), device = kept, self.base_layer.weight.device
         self.base_layer.weight = weight if weight.device == device else weight.to(device)
         self.base_layer.quant_state = self.base_layer.weight.quant_state
+
+
+class Linear8bitLt(Int8Weight, RandLoraLayer):
+    """RandLoRA on bitsandbytes' `Linear8bitLt`."""
+
+
+class Linear4bit(PackedWeight, RandLoraLayer):
+    """RandLoRA on bitsandbytes' `Linear4bit`."""
+
+
+class SVDLinear8bitLt(Int8Weight, AdaLoraLayer):
+    """AdaLoRA on bitsandbytes' `Linear8bitLt`; unlike PEFT's, it merges, and answers in the dtype of its base."""
+
+
+class SVDLinear4bit(PackedWeight, AdaLoraLayer):
+    """AdaLoRA on bitsandbytes' `Linear4bit`; unlike PEFT's, it merges."""
 
 
 def _check_cpu_kernels(in_features: int, blocksize: int) -> None:

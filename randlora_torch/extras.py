@@ -1,4 +1,4 @@
-"""What an adapter holds besides lambda and gamma: trained modules and biases, and embeddings that PEFT saves along."""
+"""What an adapter holds besides its layers' parameters: trained modules and biases, and embeddings saved along."""
 
 import dataclasses
 import json
@@ -8,9 +8,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from interop.adapter import Adapter
-from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
-from interop.fields import HEADS
+from interop.fields import HEADS, AdapterConfig
 from interop.targets import EMBEDDINGS, in_modules
 from randlora_torch.bases import to_torch
 from randlora_torch.saved import TrainedBiases, bias_names
@@ -127,7 +126,7 @@ def _bias_parameters(extras: Extras, base: Mapping[str, nn.Module], adapted: tup
     return found
 
 
-def _saved_modules(config: RandLoraConfig, base: Mapping[str, nn.Module], adapted: Collection[str]) -> tuple[str, ...]:
+def _saved_modules(config: AdapterConfig, base: Mapping[str, nn.Module], adapted: Collection[str]) -> tuple[str, ...]:
     """Names of the modules that `modules_to_save` means: PEFT's rule is any name that ends so."""
     found: dict[str, None] = {}
     for entry in config.modules_to_save or ():
@@ -148,11 +147,11 @@ def _saved_modules(config: RandLoraConfig, base: Mapping[str, nn.Module], adapte
 
 
 def _trained_biases(
-    config: RandLoraConfig, base: Mapping[str, nn.Module], adapted: tuple[str, ...], saved: tuple[str, ...]
+    config: AdapterConfig, base: Mapping[str, nn.Module], adapted: tuple[str, ...], saved: tuple[str, ...]
 ) -> TrainedBiases | None:
     if config.bias == "none":
         return None
-    chosen = {name: base[name] for name in adapted} if config.bias == "randlora_only" else base
+    chosen = {name: base[name] for name in adapted} if config.bias.endswith("_only") else base
     in_saved = tuple(f"{name}." for name in saved)
     return TrainedBiases(
         (module, attribute)

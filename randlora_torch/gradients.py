@@ -47,8 +47,8 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """The functions below choose their dtypes themselves."""
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """For code that chooses the dtypes of its products itself."""
     kind = tensor.device.type
     return torch.autocast(kind, enabled=False) if is_autocast_available(kind) else contextlib.nullcontext()
 
@@ -83,7 +83,7 @@ class _DeltaWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(bases_A: Tensor, bases_B: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> Tensor:
-        with _no_autocast(lam):
+        with no_autocast(lam):
             scaled_A, B = _Operands(bases_A, bases_B, lam, gamma).scaled(scaling, compute_dtype(lam, gamma))
             return B @ scaled_A
 
@@ -95,7 +95,7 @@ class _DeltaWeight(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         kept = _Operands(*ctx.saved_tensors)
-        with _no_autocast(grad):
+        with no_autocast(grad):
             B = kept.bases_B.to(grad.dtype).reshape(kept.bases_B.shape[0], -1)
             return None, None, *kept.grads(B.T @ grad, ctx.scaling), None
 
@@ -134,7 +134,7 @@ class _ApplyDelta(torch.autograd.Function):
         scaling: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        with _no_autocast(x):
+        with no_autocast(x):
             scaled_A, B = _Operands(bases_A, bases_B, lam, gamma).scaled(scaling, dtype)
             rows = x.to(dtype)
             return (rows @ scaled_A.T) @ B.T if short_input else (rows @ B) @ scaled_A
@@ -148,7 +148,7 @@ class _ApplyDelta(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         x, *operands = ctx.saved_tensors
         kept = _Operands(*operands)
-        with _no_autocast(x):
+        with no_autocast(x):
             scaled_A, B = kept.scaled(ctx.scaling, ctx.dtype)
             rows_x = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # (T, in)
             rows_g = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)  # (T, out)

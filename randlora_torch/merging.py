@@ -35,7 +35,6 @@ class Mergeable(metaclass=abc.ABCMeta):
     base_layer: nn.Module
     active_adapters: list[str]
     merged_adapters: list[str]
-    randlora_lambda: nn.ParameterDict
     tied = False  # whether another layer uses the same weight; merging then gives this one a weight of its own
     _kept: tuple[Any, ...] | None = None  # the base weight before merging, in a tuple: no parameter of this module
 
@@ -111,7 +110,7 @@ class Mergeable(metaclass=abc.ABCMeta):
         """Those of the given adapters (default: the active ones) that are on this layer and not merged yet."""
         names = self.active_adapters if adapter_names is None else adapter_names
         names = dict.fromkeys(names)  # a name given twice is merged once
-        return [name for name in names if name in self.randlora_lambda and name not in self.merged_adapters]
+        return [name for name in names if self.holds(name) and name not in self.merged_adapters]
 
     @torch.no_grad()
     def _delta_weights(self, names: list[str]) -> Tensor:
@@ -123,6 +122,10 @@ class Mergeable(metaclass=abc.ABCMeta):
         error, tiny = torch.linalg.norm(self._read_weight() - weight), torch.finfo(torch.float32).tiny
         scales = (torch.linalg.norm(weight).clamp(min=tiny), torch.linalg.norm(delta).clamp(min=tiny))
         return Rounding(*((error / scale).item() for scale in scales))
+
+    @abc.abstractmethod
+    def holds(self, adapter_name: str) -> bool:
+        """Whether an adapter is on this layer."""
 
     @abc.abstractmethod
     def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "outputs inputs"]:

@@ -1,36 +1,51 @@
-"""Models with adapters: `get_peft_model` and the methods that a model gains.
+"""Models with adapters: `get_peft_model`, `load_adapter`, and what a model can do by the method of its adapters."""
 
-As torch's `fully_shard` does, attaching swaps the model's class for a subclass of itself (and of `RandLoraModel`), so
-that `isinstance(model, PreTrainedModel)` still holds and `model.save_pretrained` writes the adapter.
-"""
-
-import contextlib
+import dataclasses
 import functools
-import os
-from collections.abc import Mapping
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from interop.adalora import AdaLoraConfig
 from interop.bases import DEFAULT_RECIPE
-from interop.config import RandLoraConfig
-from interop.files import save
-from randlora_torch.attach import detach_layers, extract
+from interop.fields import AdapterConfig
+from randlora_torch.adapted import AdapterModel, rows_of_call
+from randlora_torch.attach import find_attached
 from randlora_torch.bases import BufferDict
-from randlora_torch.extras import has_new_tokens
-from randlora_torch.loading import Source, attach_new, attach_saved, restore
-from randlora_torch.structure import adapted_layers, bnb_layers, floating_dtype
-from randlora_torch.switching import AdapterSwitching, Names, as_names, check_unmerged, input_sizes, merged_into
+from randlora_torch.loading import Source, attach_new, attach_saved
+from randlora_torch.rank_allocator import Allocation, RankAllocator
+from randlora_torch.structure import adapted_layers, floating_dtype
+from randlora_torch.svd import distances_from_orthogonal
+from randlora_torch.switching import check_unmerged
 from randlora_torch.trainer import support_trainer
+from randlora_torch.training_state import save_state
 
 Model = TypeVar("Model", bound=nn.Module)
-# Arguments with which transformers and PEFT save whole models; they say nothing about an adapter.
-_OF_WHOLE_MODELS = {"max_shard_size", "save_function", "save_peft_format", "save_original_format", "variant", "token"}
 
 
-class RandLoraModel(AdapterSwitching):
-    """What a model becomes when an adapter is attached to it; `RandLoraModel(model, config)` attaches one.
+class _Attaches:
+    """The name of a method as a function: `RandLoraModel(model, config)`; subclasses are classes of adapted models."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """`RandLoraModel(...)` attaches; the class of an adapted model makes an empty object, for `__init__`."""
+        return super().__new__(cls) if hasattr(cls, "_base_class") else get_peft_model(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild, (self._base_class, self._method), self.__getstate__()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """`RandLoraModel.from_pretrained(model, folder, adapter_name="default", ...)`: see `load_adapter`."""
+        if not hasattr(cls, "_base_class"):
+            return load_adapter(*args, **kwargs)
+        return cls._base_class.from_pretrained(*args, **kwargs)
+
+
+class RandLoraModel(_Attaches, AdapterModel):
+    """What a model becomes when a RandLoRA adapter is attached to it; `RandLoraModel(model, config)` attaches one.
 
     Args:
         model: Any module with linear layers.
@@ -38,38 +53,6 @@ class RandLoraModel(AdapterSwitching):
         adapter_name: Name of the adapter.
         low_cpu_mem_usage: Leave lambda and gamma on the meta device, for `restore_adapter` to fill.
     """
-
-    _base_class: type[nn.Module]
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """`RandLoraModel(...)` attaches; the class of an adapted model makes an empty object, for `__init__`."""
-        return get_peft_model(*args, **kwargs) if cls is RandLoraModel else super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """`type(model)(...)` constructs a model of the class that the adapted one had before."""
-        if "_randlora" not in self.__dict__:
-            self.__class__ = self._base_class
-            self.__init__(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (self._base_class,), self.__getstate__()
-
-    def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """Call the model; `adapter_names` gives each row of the batch its own adapter ("__base__" for none).
-
-        The choice is kept on the model while it computes: serve one model from one thread at a time.
-        """
-        if self._randlora.rows is not None:  # within generate
-            self._randlora.rows.sizes = input_sizes((*args, *kwargs.values()))
-        with _rows(self, adapter_names, args, kwargs):
-            return super().__call__(*args, **kwargs)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """`RandLoraModel.from_pretrained(model, folder, adapter_name="default", ...)`: see `load_adapter`."""
-        if cls is RandLoraModel:
-            return load_adapter(*args, **kwargs)
-        return cls._base_class.from_pretrained(*args, **kwargs)
 
     @property
     def randlora_A(self) -> BufferDict:
@@ -81,152 +64,129 @@ class RandLoraModel(AdapterSwitching):
         """Bases (max_dim, n, r) by adapter name, shared by all adapted layers."""
         return self._randlora.bases_B
 
-    @property
-    def _hf_peft_config_loaded(self) -> bool:
-        """What transformers asks before it trains a quantized model or checkpoints activations."""
-        return bool(self._randlora.adapters)
-
-    def train(self, mode: bool = True) -> Any:
-        """As `nn.Module.train`; 4-bit weights that bitsandbytes repacked for inference are unpacked again."""
-        if bnb_layers() is not None:
-            bnb_layers().protect_from_repacking(self)
-        return super().train(mode)
-
-    def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
-        """See `AdapterSwitching.set_requires_grad`."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        support_trainer(self, RandLoraModel, wanted=requires_grad)
-
-    def get_base_model(self) -> nn.Module:
-        """The model itself: adapters are attached in place."""
-        return self
-
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: RandLoraConfig,
-        *,
-        recipe: str = DEFAULT_RECIPE,
-        low_cpu_mem_usage: bool = False,
-    ) -> None:
-        """Attach a further adapter, with its own r, seed, sparsity and targets; it waits for `set_adapter`.
-
-        Transformers' order, `add_adapter(config, name)`, is understood too.
-
-        Raises:
-            ValueError: see `get_peft_model`.
-        """
-        if isinstance(peft_config, str):
-            adapter_name, peft_config = peft_config, adapter_name
-        attach_new(self, peft_config, adapter_name, recipe, meta=low_cpu_mem_usage)
-        self.set_requires_grad(adapter_name, False)
-
-    def load_adapter(
-        self, dir_or_adapter: Source, adapter_name: str = "default", is_trainable: bool = False, **kwargs: Any
-    ) -> None:
-        """Attach a saved adapter beside the others; see `randlora_torch.load_adapter`."""
-        load_adapter(self, dir_or_adapter, adapter_name, is_trainable, **kwargs)
-
-    def restore_adapter(self, dir_or_adapter: Source, adapter_name: str = "default") -> None:
-        """Set an attached adapter to saved values, in place, so that an optimizer goes on with its parameters.
-
-        Raises:
-            ValueError: the adapter is not attached, or the saved one is of another kind: what differs is listed.
-        """
-        restore(self, dir_or_adapter, adapter_name)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Names | None = None,
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        save_embedding_layers: bool | str = "auto",
-        **kwargs: Any,
-    ) -> None:
-        """Write the adapters in PEFT's format: "default" into the folder, others into sub-folders of their names.
-
-        Args:
-            save_directory: The folder; each adapter in it is replaced at once or not at all.
-            safe_serialization: Must be True: pickles are not written.
-            selected_adapters: Which to write; all by default.
-            is_main_process: Whether to write. Every process must call this if parameters are sharded.
-            state_dict: The model's gathered parameters, where a trainer has them; lambda and gamma are taken from it.
-            save_embedding_layers: Whether to write the base's embeddings and output head along; "auto" does if tokens
-                were added since the model was loaded from its folder.
-            **kwargs: What transformers passes for whole models is accepted and has no meaning here.
-
-        Raises:
-            ValueError: an adapter is not attached, or cannot be saved (see `interop.save`), or pickles are asked for.
-            TypeError: an argument is unknown.
-        """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would write a pickle: only safetensors files are written.")
-        unknown = kwargs.keys() - _OF_WHOLE_MODELS
-        if unknown:
-            raise TypeError(f"save_pretrained got {sorted(unknown)}, which saving an adapter does not know. Drop them.")
-        names = list(self._randlora.adapters) if selected_adapters is None else as_names(selected_adapters)
-        if not names:
-            raise ValueError("the model has no adapter to save: attach one first.")
-        embeddings = has_new_tokens(self) if save_embedding_layers == "auto" else bool(save_embedding_layers)
-        found = {name: extract(self, name, state_dict=state_dict, with_embeddings=embeddings) for name in names}
-        adapters = {name: adapter.to_interop() for name, adapter in found.items()}
-        for name, adapter in adapters.items() if is_main_process else ():
-            save(adapter, Path(save_directory) if name == "default" else Path(save_directory) / name)
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: Names | None = None
-    ) -> nn.Module:
-        """Merge adapters (default: the active ones) into the base weights for good, and give the plain model back.
-
-        Modules and biases that these adapters trained stay in the model. `progressbar` is PEFT's, and shows none.
-
-        Raises:
-            ValueError: see `merge_adapter`.
-        """
-        if adapter_names is not None:  # so that the modules and biases that stay are theirs
-            self._mergeable_layers(as_names(adapter_names), safe_merge)
-            self.set_adapter(as_names((*as_names(adapter_names), *sorted(merged_into(self)))))
-        self.merge_adapter(adapter_names, safe_merge, keep_base=False)
-        return self._unload(keep_saved=True)
-
-    def unload(self) -> nn.Module:
-        """Take all adapters off and give the base model back, with its own weights (and embeddings a file brought)."""
-        self.disable_adapter_layers()
-        return self._unload(keep_saved=False)
-
-    def _unload(self, *, keep_saved: bool) -> nn.Module:
-        detach_layers(self, keep_saved=keep_saved)
-        del self._randlora
-        self.__class__ = self._base_class
-        return self
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Counts of trainable and of all parameters; those packed in 4 bits are counted unpacked."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel()
-            if type(parameter).__name__ == "Params4bit":
-                count *= 2 * parameter.element_size()
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
-
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line on trainable parameters, and the bytes of the shared frozen bases."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total
-        frozen = self._randlora.bases_A.nbytes + self._randlora.bases_B.nbytes
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        super().print_trainable_parameters()
+        frozen = self.randlora_A.nbytes + self.randlora_B.nbytes
         print(f"frozen bases: {frozen:,d} bytes, shared by {len(adapted_layers(self))} layers")
 
 
-def _rows(model: Any, adapter_names: list[str] | None, args: Any, kwargs: Any) -> contextlib.AbstractContextManager:
-    """The context of a call: a mixed batch, if the rows' adapters are named."""
-    return (
-        contextlib.nullcontext() if adapter_names is None else model._by_row(adapter_names, (*args, *kwargs.values()))
-    )
+class AdaLoraModel(_Attaches, AdapterModel):
+    """What a model becomes when an AdaLoRA adapter is attached to it; `AdaLoraModel(model, config)` attaches one.
+
+    While it trains, the loss that it returns includes `orthogonal_loss`, and `update_and_allocate` must be called at
+    every step: by `AdaLoraCallback` in transformers' `Trainer`, or by the training loop.
+
+    Args:
+        model: Any module with linear layers or 2-D convolutions.
+        config: What to adapt and how.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Leave the parameters on the meta device, for `restore_adapter` to fill.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the model. In training, `orthogonal_loss` is added to the loss of its output, if that has one.
+
+        A model that returns a tuple, or no loss, leaves this to the training loop.
+        """
+        output = super().__call__(*args, **kwargs)
+        if self.training and torch.is_grad_enabled() and isinstance(getattr(output, "loss", None), Tensor):
+            output.loss = output.loss + self.orthogonal_loss().to(output.loss)
+        return output
+
+    def orthogonal_loss(self) -> Tensor:
+        """How far the A and B of the adapters in training are from orthogonal, times their `orth_reg_weight`.
+
+        The mean over all A and B of the Frobenius norms of A A^T - I and B^T B - I (equation 4 of arXiv:2303.10512,
+        without the square, as in PEFT); with several adapters, the sum of theirs.
+        """
+        total = torch.zeros(())
+        for name in self._in_training():
+            layers = [layer for layer in adapted_layers(self).values() if layer.holds(name)]
+            distances = [distance for layer in layers for distance in distances_from_orthogonal(layer.factors(name))]
+            mean = torch.stack([distance.to(distances[0].device) for distance in distances]).mean()
+            total = total.to(mean.device) + find_attached(self, name).config.orth_reg_weight * mean
+        return total
+
+    def update_and_allocate(self, global_step: int) -> dict[str, Allocation]:
+        """Let the ranks of the adapters in training follow their schedule.
+
+        Call it at every optimizer step, after `optimizer.step()` and before the gradients are cleared:
+
+            loss.backward()
+            optimizer.step()
+            model.update_and_allocate(step)  # 1 at the first step
+            optimizer.zero_grad()
+
+        Args:
+            global_step: Number of the optimizer step just made.
+
+        Returns:
+            By adapter, the budget, and the triplets that its layers keep if they were chosen anew.
+
+        Raises:
+            ValueError: no adapter trains, there are no gradients, or importance was never measured.
+        """
+        return {name: self._allocate(name, global_step) for name in self._require_training()}
+
+    def _allocate(self, name: str, global_step: int) -> Allocation:
+        allocator = self._allocator(name)
+        allocation = allocator.update_and_allocate(self, global_step)
+        if allocation.kept is not None:
+            info = find_attached(self, name)
+            self._randlora.adapters[name] = dataclasses.replace(info, config=info.config_keeping(allocation.kept))
+        return allocation
+
+    def _allocator(self, name: str) -> RankAllocator:
+        info = find_attached(self, name)
+        if info.allocator is None:
+            info = dataclasses.replace(info, allocator=RankAllocator(self, info.config, name))
+            self._randlora.adapters[name] = info
+        return info.allocator
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """The allocator of the first adapter in training.
+
+        Raises:
+            ValueError: no adapter is in training.
+        """
+        return self._allocator(self._require_training()[0])
+
+    def ranks(self, adapter_name: str | None = None) -> dict[str, int]:
+        """How many triplets an adapter (default: the first active one) has left in each layer.
+
+        Raises:
+            ValueError: the adapter is not attached, or none is active.
+        """
+        name = self.active_adapter if adapter_name is None else adapter_name
+        if name is None:
+            raise ValueError("no adapter is active: pass the name of one.")
+        info = find_attached(self, name)
+        return {module: sum(info.rows_kept(module)) for module in info.modules}
+
+    def _save_training_state(self, adapter_name: str, folder: Path) -> None:
+        info, trains = find_attached(self, adapter_name), self._trains(adapter_name)
+        if trains and info.allocator is None and info.config.init_lora_weights and info.config.rank_pattern is None:
+            layers = adapted_layers(self)
+            if any(layers[name].lora_E[adapter_name].any() for name in info.modules):
+                warnings.warn(
+                    f"the ranks of adapter {adapter_name!r} were never allocated, so all are {info.config.init_r}: give"
+                    " the Trainer callbacks=[AdaLoraCallback()], or call model.update_and_allocate(step) in your loop."
+                    f" model.set_requires_grad({adapter_name!r}, False) before saving silences this.",
+                    stacklevel=3,
+                )
+        save_state(self, adapter_name, info if trains else dataclasses.replace(info, allocator=None), folder)
+
+    def _require_training(self) -> list[str]:
+        names = self._in_training()
+        if not names:
+            raise ValueError("no adapter is in training: make one active and trainable with model.set_adapter(name).")
+        return names
+
+    def _in_training(self) -> list[str]:
+        active = () if self._randlora.disabled else self._randlora.active
+        return [name for name in active if self._trains(name)]
 
 
 class _Generates:
@@ -234,31 +194,31 @@ class _Generates:
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The model's own `generate`; `adapter_names` gives each row of the batch its own adapter."""
-        with _rows(self, adapter_names, args, kwargs):
+        with rows_of_call(self, adapter_names, args, kwargs):
             return super().generate(*args, **kwargs)
 
 
 @functools.cache
-def adapted_class(kind: type) -> type:
-    """The subclass that an adapted model of this class becomes; it goes by the name of the class itself.
+def adapted_class(kind: type, method: type[AdapterModel]) -> type:
+    """The subclass that a model of this class becomes by a method; it goes by the name of the class itself.
 
     Libraries look classes up by name (transformers' output recorders do), so the name must not change.
     """
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    mixins = (RandLoraModel, _Generates) if hasattr(kind, "generate") else (RandLoraModel,)
-    return type(kind.__name__, (*mixins, kind), {**names, "_base_class": kind})
+    mixins = (method, _Generates) if hasattr(kind, "generate") else (method,)
+    return type(kind.__name__, (*mixins, kind), {**names, "_base_class": kind, "_method": method})
 
 
-def _rebuild(kind: type) -> nn.Module:
+def _rebuild(kind: type, method: type[AdapterModel]) -> nn.Module:
     """An empty adapted model, for pickle and deepcopy to fill."""
-    model = kind.__new__(adapted_class(kind))
-    support_trainer(model, RandLoraModel, wanted=True)
+    model = kind.__new__(adapted_class(kind, method))
+    support_trainer(model, AdapterModel, wanted=True)
     return model
 
 
 def get_peft_model(
     model: Model,
-    peft_config: RandLoraConfig,
+    peft_config: AdapterConfig,
     adapter_name: str = "default",
     *,
     recipe: str = DEFAULT_RECIPE,
@@ -269,11 +229,11 @@ def get_peft_model(
 
     Args:
         model: Any module with linear layers: nn.Linear, transformers' Conv1D, bitsandbytes' Linear8bitLt, Linear4bit.
-        peft_config: What to adapt and how; PEFT's own RandLoraConfig is understood too.
+        peft_config: What to adapt and how, by RandLoRA or AdaLoRA; PEFT's own configs are understood too.
         adapter_name: Name of the adapter.
         recipe: How the bases are drawn, see `interop.RECIPES`.
-        autocast_adapter_dtype: Train lambda and gamma in float32; otherwise in the dtype of the model.
-        low_cpu_mem_usage: Leave lambda and gamma on the meta device, for `model.restore_adapter` to fill.
+        autocast_adapter_dtype: Train in float32; otherwise in the dtype of the model.
+        low_cpu_mem_usage: Leave the parameters on the meta device, for `model.restore_adapter` to fill.
 
     Raises:
         ValueError: a target matches nothing or no linear layer, the name is taken or not usable, or a module of
@@ -304,7 +264,8 @@ def load_adapter(
         model: The base model that the adapter was made for.
         dir_or_adapter: A folder in PEFT's format, or an adapter of any stack.
         adapter_name: Name to attach it under.
-        is_trainable: Whether to go on training it; otherwise its parameters are frozen too.
+        is_trainable: Whether to go on training it, with what an unfinished AdaLoRA training left in the folder;
+            otherwise its parameters are frozen too.
         recipe: The recipe of the bases, for a folder that neither holds them nor names it.
         low_cpu_mem_usage: PEFT's option; here, weights that the file replaces are never initialized anyway.
 
@@ -313,15 +274,15 @@ def load_adapter(
         ValueError: the adapter name is taken or not usable.
         TypeError: `dir_or_adapter` is no folder and no adapter.
     """
-    attach_saved(model, dir_or_adapter, adapter_name, recipe)
+    attach_saved(model, dir_or_adapter, adapter_name, recipe, to_train=is_trainable)
     _make_adapted(model)
-    if len(model.randlora_adapters) == 1:
-        model.set_adapter(adapter_name)
-    model.set_requires_grad(adapter_name, is_trainable)
+    model._after_loading(adapter_name, is_trainable)
     return model
 
 
 def _make_adapted(model: nn.Module) -> None:
     """Swap the class of a model that carries adapters."""
-    if not isinstance(model, RandLoraModel):
-        model.__class__ = adapted_class(type(model))
+    if not isinstance(model, AdapterModel):
+        (info,) = model._randlora.adapters.values()
+        method = AdaLoraModel if isinstance(info.config, AdaLoraConfig) else RandLoraModel
+        model.__class__ = adapted_class(type(model), method)

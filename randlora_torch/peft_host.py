@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.shapes import shared_dims
-from randlora_torch import layer as ours
+from randlora_torch import randlora as ours
 from randlora_torch.bases import LayerBases, layer_bases, make_bases
+from randlora_torch.layer import BASE_ROWS, Rows, layer_shape
 from randlora_torch.structure import bnb_layers
 from randlora_torch.switching import input_sizes, rows_of
 
@@ -168,7 +169,7 @@ class _Tuner(PeftTuner):
         for name, module in model.named_modules():
             base = module.base_layer if isinstance(module, PeftLayer) else module
             if self._check_target_module_exists(resolved, name) and hasattr(base, "weight"):
-                shapes.append(ours.layer_shape(base))
+                shapes.append(layer_shape(base))
         return make_bases(RandLoraConfig.from_dict(config.to_dict()), **shared_dims(shapes)._asdict())
 
     def _check_new_adapter_config(self, config: Any) -> None:
@@ -197,12 +198,12 @@ class _Tuner(PeftTuner):
         layers = [layer for layer in self.modules() if isinstance(layer, PeftLayer)]
         for reason in self._against_mixing(names, layers, input_sizes((*args, *kwargs.values()))):
             raise ValueError(f"adapter_names={names}: {reason}. Call the model once per adapter, or correct it.")
-        with rows_of(layers, ours.Rows(list(names))):
+        with rows_of(layers, Rows(list(names))):
             yield
 
     def _against_mixing(self, names: list[str], layers: list[Any], sizes: tuple[int, int] | None) -> Iterator[str]:
         """Why a batch cannot be mixed so."""
-        unknown = set(names) - set(self.peft_config) - {ours.BASE_ROWS}
+        unknown = set(names) - set(self.peft_config) - {BASE_ROWS}
         if unknown:
             yield f"{sorted(unknown)} are not attached, {sorted(self.peft_config)} are"
         if sizes is not None and sizes[0] != len(names):

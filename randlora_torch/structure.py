@@ -10,7 +10,11 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from randlora_torch.layer import Linear, RandLoraLayer
+from interop.adalora import AdaLoraConfig
+from interop.fields import AdapterConfig
+from randlora_torch.adalora import SVDConv2d, SVDLinear
+from randlora_torch.layer import AdapterLayer
+from randlora_torch.randlora import Linear
 from randlora_torch.saved import ModulesToSaveWrapper
 
 
@@ -20,15 +24,15 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        if isinstance(module, RandLoraLayer | ModulesToSaveWrapper):
+        if isinstance(module, AdapterLayer | ModulesToSaveWrapper):
             inside = f"{name}."
-            module = module.base_layer if isinstance(module, RandLoraLayer) else module.original_module
+            module = module.base_layer if isinstance(module, AdapterLayer) else module.original_module
         yield name, module
 
 
-def adapted_layers(model: nn.Module) -> dict[str, RandLoraLayer]:
+def adapted_layers(model: nn.Module) -> dict[str, AdapterLayer]:
     """The layers of a model that carry adapters, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, RandLoraLayer)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdapterLayer)}
 
 
 def wrapped_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
@@ -36,13 +40,17 @@ def wrapped_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
 
 
-def adaptable_layers(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
-    """Base layers that can be adapted, by name, and the names of all other modules."""
+def adaptable_layers(
+    model: nn.Module, config: AdapterConfig, *, linear_only: bool = False
+) -> tuple[dict[str, nn.Module], list[str]]:
+    """Base layers that the method of a config can adapt, by name, and the names of all other modules."""
+    convolutions = isinstance(config, AdaLoraConfig) and not linear_only
     layers: dict[str, nn.Module] = {}
     others: list[str] = []
     wrapped = wrapped_modules(model)
     for name, module in base_modules(model):
-        if name and name not in wrapped and _is_linear(module):
+        fits = _is_linear(module) or (convolutions and type(module).forward is nn.Conv2d.forward)
+        if name and name not in wrapped and fits:
             layers[name] = module
         else:
             others.append(name)
@@ -54,12 +62,16 @@ def bnb_layers() -> ModuleType | None:
     return importlib.import_module("randlora_torch.bnb") if "bitsandbytes" in sys.modules else None
 
 
-def layer_kind(base_layer: nn.Module) -> type[RandLoraLayer]:
-    """The class that adapts a base layer."""
-    bnb = bnb_layers()
+def layer_kind(base_layer: nn.Module, config: AdapterConfig) -> type[AdapterLayer]:
+    """The class that adapts a base layer by the method of a config."""
+    bnb, svd = bnb_layers(), isinstance(config, AdaLoraConfig)
     if bnb is not None and isinstance(base_layer, bnb.Base8bit):
-        return bnb.Linear8bitLt
-    return bnb.Linear4bit if bnb is not None and isinstance(base_layer, bnb.Base4bit) else Linear
+        return bnb.SVDLinear8bitLt if svd else bnb.Linear8bitLt
+    if bnb is not None and isinstance(base_layer, bnb.Base4bit):
+        return bnb.SVDLinear4bit if svd else bnb.Linear4bit
+    if svd:
+        return SVDConv2d if isinstance(base_layer, nn.Conv2d) else SVDLinear
+    return Linear
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interop.config import RandLoraConfig
+from interop.fields import AdapterConfig
 from randlora_torch.attach import Attached, AttachedAdapter, biases_outside, detach_layers, find_attached
-from randlora_torch.layer import BASE_ROWS, RandLoraLayer, Rows
+from randlora_torch.layer import BASE_ROWS, AdapterLayer, Rows
 from randlora_torch.merging import Rounding, is_sharded
 from randlora_torch.structure import adapted_layers, wrapped_modules
 
@@ -29,7 +29,7 @@ class AdapterSwitching:
         return self._randlora.adapters
 
     @property
-    def peft_config(self) -> dict[str, RandLoraConfig]:
+    def peft_config(self) -> dict[str, AdapterConfig]:
         """The config of each attached adapter, by name."""
         return {name: info.config for name, info in self._randlora.adapters.items()}
 
@@ -70,13 +70,20 @@ class AdapterSwitching:
         for name in as_names(adapter_names):
             info = find_attached(self, name)
             for layer in adapted_layers(self).values():
-                for parameter in layer.factors(name) if name in layer.randlora_lambda else ():
+                for parameter in layer.factors(name) if layer.holds(name) else ():
                     parameter.requires_grad_(requires_grad)
             for wrapper in wrapped_modules(self).values():
                 if name in wrapper.modules_to_save:
                     wrapper.modules_to_save[name].requires_grad_(requires_grad)
             for _, _, parameter in info.extras.biases.items() if info.extras.biases is not None else ():
                 parameter.requires_grad_(requires_grad)
+
+    def _trains(self, adapter_name: str) -> bool:
+        """Whether the parameters of an adapter's layers require gradients."""
+        layers = adapted_layers(self).values()
+        return any(
+            part.requires_grad for layer in layers if layer.holds(adapter_name) for part in layer.factors(adapter_name)
+        )
 
     def _put_in_force(self) -> None:
         """Bring layers, trained modules and biases in line with what is active and whether adapters are disabled."""
@@ -141,8 +148,9 @@ class AdapterSwitching:
         if info.extras.biases is not None:
             info.extras.biases.swap(inside=False)
         layers = adapted_layers(self)
-        trained = any(layers[name].randlora_lambda[adapter_name].requires_grad for name in info.modules)
-        del state.adapters[adapter_name], state.bases_A[adapter_name], state.bases_B[adapter_name]
+        trained = self._trains(adapter_name)
+        for held in (state.adapters, state.bases_A, state.bases_B):
+            held.pop(adapter_name, None)
         left = [name for name in state.active if name != adapter_name]
         successor = not left and adapter_name in state.active
         state.active = list(state.adapters)[:1] if successor else left
@@ -185,7 +193,7 @@ class AdapterSwitching:
         _log("merging", roundings)
         return roundings
 
-    def _mergeable_layers(self, names: list[str] | None, safe_merge: bool) -> dict[str, RandLoraLayer]:
+    def _mergeable_layers(self, names: list[str] | None, safe_merge: bool) -> dict[str, AdapterLayer]:
         """All adapted layers, after checking, before the first is changed, that these adapters can be merged."""
         for name in names or ():
             find_attached(self, name)

@@ -1,0 +1,53 @@
+"""`AdaLoraCallback`: transformers' Trainer lets the ranks of AdaLoRA adapters follow their schedule."""
+
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback
+
+from randlora_torch.attach import find_attached
+from randlora_torch.model import AdaLoraModel
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Calls `update_and_allocate` at every optimizer step: `Trainer(..., callbacks=[AdaLoraCallback()])`, TRL's alike.
+
+    Steps count from 1, so the last step of a run of `total_step` steps is step `total_step`.
+    """
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Check that the run is long enough for the schedule.
+
+        Raises:
+            TypeError: the model carries no AdaLoRA adapter.
+            ValueError: the run ends before the ranks have reached their target.
+        """
+        adapted = _adapted_part(model)
+        for name in adapted._require_training():
+            config = find_attached(adapted, name).config
+            if config.last_allocation > state.max_steps:
+                raise ValueError(
+                    f"the Trainer makes {state.max_steps} steps, but adapter {name!r} reaches its ranks at step"
+                    f" {config.last_allocation} (total_step={config.total_step}, tfinal={config.tfinal}): set"
+                    f" total_step={state.max_steps} in its config."
+                )
+
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """The moment between the optimizer's step and the clearing of the gradients."""
+        _adapted_part(model).update_and_allocate(state.global_step + 1)
+
+
+def _adapted_part(model: nn.Module | None) -> AdaLoraModel:
+    """The model inside what the Trainer holds: compiled, or in a wrapper for several processes."""
+    parts = () if model is None else model.modules()
+    found = next((module for module in parts if isinstance(module, AdaLoraModel)), None)
+    if found is None:
+        raise TypeError(
+            f"AdaLoraCallback: the Trainer's model, a {type(model).__name__}, carries no AdaLoRA adapter: attach one"
+            " with randlora_torch.get_peft_model(model, AdaLoraConfig(...)), or drop the callback."
+        )
+    return found

@@ -1,0 +1,95 @@
+"""`extract`: an attached adapter taken off its model as tensors, with their current values."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from interop.adalora import AdaLoraConfig, SVDFactors, keep_triplets
+from interop.bases import Bases
+from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
+from randlora_torch.attach import AttachedAdapter, attached_to, find_attached, saved_parameters
+from randlora_torch.extras import embedding_parameters
+from randlora_torch.layer import AdapterLayer
+from randlora_torch.merging import is_sharded
+from randlora_torch.structure import adapted_layers
+
+
+def extract(
+    model: nn.Module,
+    adapter_name: str | None = None,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    with_embeddings: bool = False,
+) -> RandLoraAdapter | AdaLoraAdapter:
+    """An adapter attached to `model`, with the current values of its parameters (shared where they are whole).
+
+    Of an AdaLoRA adapter, the triplets are left out that its `RankAllocator` took away and that are still zero.
+
+    Args:
+        model: A model with an adapter attached.
+        adapter_name: Which one; may be left out if there is only one.
+        state_dict: Values to take instead of the model's, under the model's names, where a trainer has gathered them.
+        with_embeddings: Whether to take the base's embeddings and output head along, as PEFT does for added tokens.
+
+    Raises:
+        ValueError: the model has no such adapter, or several and no name was given.
+    """
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    name = _the_name(model, adapter_name)
+    info, layers = find_attached(model, name), adapted_layers(model)
+    given = state_dict or {}
+    held = (*model.named_parameters(), *model.named_buffers()) if given else ()
+    gathered = {id(tensor): given[key] for key, tensor in held if key in given}
+
+    def value(tensor: Tensor) -> Tensor:
+        return gathered[id(tensor)].detach() if id(tensor) in gathered else whole(tensor)
+
+    embeddings = embedding_parameters(model, info.modules) if with_embeddings else {}
+    extras = {**embeddings, **saved_parameters(model, name)}
+    common: dict[str, Any] = {
+        "shapes": {module: (layers[module].out_features, layers[module].in_features) for module in info.modules},
+        "saved_weights": {key: value(tensor) for key, tensor in extras.items()},
+    }
+    if isinstance(info.config, AdaLoraConfig):
+        return AdaLoraAdapter(**_kept_factors(info, layers, name, value), **common)
+    bases = zip((model._randlora.bases_A[name], model._randlora.bases_B[name]), info.bases_dtypes, strict=True)
+    factors = {module: layers[module].factors(name) for module in info.modules}
+    return RandLoraAdapter(
+        factors={module: type(parts)(*map(value, parts)) for module, parts in factors.items()},
+        bases=Bases(*(basis.to(dtype) for basis, dtype in bases)),
+        config=info.config,
+        recipe=info.recipe,
+        **common,
+    )
+
+
+def _the_name(model: nn.Module, adapter_name: str | None) -> str:
+    attached = attached_to(model)
+    if not attached:
+        inside = [name for name, module in model.named_modules() if getattr(module, "_randlora", None)]
+        hint = f" Its part {inside[0]!r} has one." if inside else " Attach one first."
+        raise ValueError(f"no adapter is attached to this {type(model).__name__}.{hint}")
+    if adapter_name is None and len(attached) != 1:
+        raise ValueError(f"the model has the adapters {list(attached)}: pass adapter_name to say which one.")
+    return adapter_name or next(iter(attached))
+
+
+def _kept_factors(
+    info: AttachedAdapter, layers: Mapping[str, AdapterLayer], name: str, value: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """Factors and config with the triplets that count: those not taken away, or not zero (again) since."""
+    factors, kept = {}, {}
+    for module in info.modules:
+        parts = SVDFactors(*map(value, layers[module].factors(name)))
+        nonzero = (parts.E[:, 0] != 0).tolist()
+        rows = [a or b for a, b in zip(info.rows_kept(module), nonzero, strict=True)]
+        factors[module] = parts if all(rows) else keep_triplets(parts, rows)
+        kept[module] = rows
+    return {"factors": factors, "config": info.config_keeping(kept)}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter's full value, gathered from all processes if it is sharded; detached."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -1,0 +1,118 @@
+"""RandLoRA's layer: lambda and gamma of each adapter, and bases that it shares with all other layers."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from interop.adapter import Factors
+from interop.bases import Bases
+from interop.shapes import factor_shapes
+from randlora_torch.bases import BufferDict, LayerBases, layer_bases
+from randlora_torch.gradients import UniqueBaseGrad, apply_delta, delta_weight, product_dtype
+from randlora_torch.layer import AdapterLayer, compute_device
+from randlora_torch.weights import PlainWeight
+
+
+class ScaledBases(NamedTuple):
+    """The two matrices whose product is one layer's update, before the scaling by alpha / r."""
+
+    A: Float[Tensor, "r*n d"]
+    B: Float[Tensor, "D n*r"]
+
+
+class RandLoraLayer(AdapterLayer):
+    """A frozen base layer and the RandLoRA adapters on it (arXiv:2502.00987).
+
+    Parameters stand under PEFT's names: `randlora_lambda[adapter_name]` (r, n) and `randlora_gamma[adapter_name]`
+    (n, min(out, in)); `randlora_A` and `randlora_B` are shared by all layers of a model. Every property of an adapter
+    is kept by its name, so adapters on one layer may differ in r, seed and sparsity.
+
+    Args:
+        base_layer: The layer to adapt.
+        adapter_name: Name of the first adapter.
+        randlora_A: The model's bases (r, 1, min_dim) by adapter name.
+        randlora_B: The model's bases (max_dim, n, r) by adapter name.
+        r: Rank of one basis; a smaller r trains more parameters.
+        randlora_alpha: The update is scaled by randlora_alpha / r.
+        randlora_dropout: Probability of zeroing an input of the adapter branch while training.
+        init_weights: True starts at dW = 0, False at a random update.
+    """
+
+    adapter_layer_names = ("randlora_lambda", "randlora_gamma")
+    other_param_names = ("randlora_A", "randlora_B")
+    dropout_name = "randlora_dropout"
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        randlora_A: BufferDict,
+        randlora_B: BufferDict,
+        r: int = 32,
+        randlora_alpha: int | float = 640,
+        randlora_dropout: float = 0.0,
+        init_weights: bool = True,
+    ) -> None:
+        super().__init__(base_layer, adapter_name)
+        self.randlora_A, self.randlora_B = randlora_A, randlora_B
+        self.update_layer(adapter_name, r, randlora_alpha, randlora_dropout, init_weights)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        randlora_alpha: int | float,
+        randlora_dropout: float = 0.0,
+        init_weights: bool = True,
+    ) -> None:
+        """Add an adapter with PEFT's starting values; its bases must be in `randlora_A` and `randlora_B` already."""
+        shape_lam, shape_gamma = factor_shapes((self.out_features, self.in_features), r)
+        self.r[adapter_name], self.scaling[adapter_name] = r, randlora_alpha / r
+        self._add_dropout(adapter_name, randlora_dropout)
+        start = 1 / max(shape_gamma) if init_weights else 1 / max(self.out_features, self.in_features)
+        device = compute_device(self.base_layer)
+        lam = torch.zeros(shape_lam, device=device) if init_weights else torch.randn(shape_lam, device=device)
+        self.set_factors(adapter_name, Factors(lam, torch.full(shape_gamma, start, device=device)))
+
+    def factors(self, adapter_name: str) -> Factors:
+        """Lambda (r, n) and gamma (n, min(out, in)) of an adapter."""
+        return Factors(self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name])
+
+    def _bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None = None) -> LayerBases:
+        """This layer's part of the bases; B in `dtype`, or else as it is stored."""
+        A, B = self.randlora_A[adapter_name], self.randlora_B[adapter_name]
+        A = self.randlora_A.on(adapter_name, device, A.dtype)
+        B = self.randlora_B.on(adapter_name, device, dtype or B.dtype)
+        return layer_bases(Bases(A, B), (self.out_features, self.in_features))
+
+    def get_scaled_bases(self, adapter_name: str, device: torch.device | None = None) -> ScaledBases:
+        """A with lambda and gamma applied (r*n, d), and B (D, n*r); differentiable in lambda and gamma."""
+        lam, gamma = self.factors(adapter_name)
+        bases = self._bases(adapter_name, lam.device)
+        scaled_A = UniqueBaseGrad.apply(bases.A[:, None].to(lam.dtype), lam, gamma)  # (r, n, d)
+        scaled = ScaledBases(scaled_A.flatten(end_dim=1), bases.B.to(lam.dtype).flatten(start_dim=1))
+        return scaled if device is None else ScaledBases(*(part.to(device) for part in scaled))
+
+    def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "outputs inputs"]:
+        """The update of an adapter in the (out, in) orientation of nn.Linear, in float32 or wider."""
+        factors = self.factors(adapter_name)
+        bases = self._bases(adapter_name, factors.lam.device)
+        delta = delta_weight(*bases, *factors, scaling=self.scaling[adapter_name])  # (long, short)
+        return delta if self.out_features >= self.in_features else delta.T
+
+    def _update(self, adapter_name: str, x: Tensor) -> Tensor:
+        lam, gamma = self.factors(adapter_name)
+        return apply_delta(
+            self._dropped(adapter_name, x),
+            *self._bases(adapter_name, x.device, product_dtype(x)),
+            lam.to(x.device),
+            gamma.to(x.device),
+            out_features=self.out_features,
+            scaling=self.scaling[adapter_name],
+        )
+
+
+class Linear(PlainWeight, RandLoraLayer):
+    """RandLoRA on `nn.Linear` or on transformers' `Conv1D`, whose weight is stored (in, out)."""
