@@ -296,6 +296,17 @@ def test_what_peft_trains_besides_is_kept(tmp_path, fields):
     np.testing.assert_array_equal(got, want)
 
 
+def test_the_base_weight_that_peft_saves_with_an_adapted_head_is_kept(tmp_path):
+    case = Case(models.llama, {"target_modules": ["lm_head", "q_proj"]})
+    model = peft.get_peft_model(case.make(), peft.AdaLoraConfig(**SCHEDULE, **case.fields, init_lora_weights=False))
+    model.save_pretrained(tmp_path / "peft")
+    adapter = load(tmp_path / "peft")
+    assert [*adapter.saved_weights] == ["base_model.model.lm_head.base_layer.weight"]
+    save(adapter, tmp_path / "ours")
+    assert_same_tensors(tmp_path / "peft", tmp_path / "ours")
+    assert_same_deltas(adapter, reloaded(case, tmp_path / "ours"))
+
+
 def test_our_defaults_are_pefts_defaults():
     theirs = {**peft.AdaLoraConfig(total_step=10).to_dict(), "peft_version": None}
     ours = AdaLoraConfig(total_step=10).to_dict()

@@ -150,6 +150,13 @@ def test_reading_for_inference_warns_of_nothing(folder):
         assert load(folder).config.r == 64
 
 
+def test_a_config_that_does_not_say_what_it_is_for_is_read_for_inference(folder):
+    fields = json.loads((folder / CONFIG_NAME).read_text())
+    del fields["inference_mode"], fields["total_step"]
+    (folder / CONFIG_NAME).write_text(json.dumps(fields))
+    assert load(folder).config.inference_mode is True
+
+
 UP = "base_model.model.block.0.up"
 DOWN = "base_model.model.block.0.down"
 ONES = np.ones((2, 2), np.float32)
