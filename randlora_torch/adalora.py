@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interop.adalora import AdaLoraConfig, SVDFactors, factor_shapes
+from interop.adalora import SVDFactors, factor_shapes
 from randlora_torch.gradients import product_dtype
 from randlora_torch.layer import AdapterLayer, compute_device
 from randlora_torch.svd import apply_delta, delta_weight
@@ -94,8 +94,3 @@ class SVDConv2d(ConvolutionWeight, AdaLoraLayer):
         dtype = product_dtype(x)
         kernel = self._stored(self.get_delta_weight(adapter_name)).to(x.device, dtype)
         return self.base_layer._conv_forward(self._dropped(adapter_name, x).to(dtype), kernel, None)
-
-
-def layer_options(config: AdaLoraConfig) -> tuple[int, float, float, None]:
-    """What `update_layer` is told for an adapter whose values are set afterwards."""
-    return config.init_r, config.lora_alpha, config.lora_dropout, None

@@ -13,7 +13,6 @@ from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
 from interop.bases import Bases
 from interop.config import RandLoraConfig
-from randlora_torch.adalora import layer_options
 from randlora_torch.bases import BufferDict, to_torch
 from randlora_torch.extras import Extras, extra_parameters, find_extras, match_extras
 from randlora_torch.layer import BASE_ROWS, AdapterLayer, Rows
@@ -209,7 +208,7 @@ def saved_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def _layer_arguments(config: RandLoraConfig | AdaLoraConfig, state: Attached) -> tuple[tuple, tuple]:
     """What an adapted layer is given of the model's, and of the adapter's; the latter also when it gets another one."""
     if isinstance(config, AdaLoraConfig):
-        return (), layer_options(config)
+        return (), (config.init_r, config.lora_alpha, config.lora_dropout, None)
     options = (config.r, config.randlora_alpha, config.randlora_dropout)
     return (state.bases_A, state.bases_B), options
 

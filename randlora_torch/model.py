@@ -16,7 +16,7 @@ from randlora_torch.adapted import AdapterModel, rows_of_call
 from randlora_torch.attach import find_attached
 from randlora_torch.bases import BufferDict
 from randlora_torch.loading import Source, attach_new, attach_saved
-from randlora_torch.rank_allocator import Allocation, RankAllocator
+from randlora_torch.rank_allocator import Allocation, RankAllocator, require_whole
 from randlora_torch.structure import adapted_layers, floating_dtype
 from randlora_torch.svd import distances_from_orthogonal
 from randlora_torch.switching import check_unmerged
@@ -102,8 +102,10 @@ class AdaLoraModel(_Attaches, AdapterModel):
         """
         total = torch.zeros(())
         for name in self._in_training():
-            layers = [layer for layer in adapted_layers(self).values() if layer.holds(name)]
-            distances = [distance for layer in layers for distance in distances_from_orthogonal(layer.factors(name))]
+            layers = {path: layer for path, layer in adapted_layers(self).items() if layer.holds(name)}
+            require_whole(layers, name)
+            factors = (layer.factors(name) for layer in layers.values())
+            distances = [distance for parts in factors for distance in distances_from_orthogonal(parts)]
             mean = torch.stack([distance.to(distances[0].device) for distance in distances]).mean()
             total = total.to(mean.device) + find_attached(self, name).config.orth_reg_weight * mean
         return total

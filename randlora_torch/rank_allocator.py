@@ -27,7 +27,14 @@ class Allocation(NamedTuple):
     """What a step of the allocator did."""
 
     budget: int  # triplets that all layers together may keep
-    kept: dict[str, Tensor] | None  # rows (r,) that each layer keeps, by name, if they were chosen anew
+    kept: dict[str, tuple[bool, ...]] | None  # which rows each layer keeps, by name, if they were chosen anew
+
+
+def require_whole(layers: Mapping[str, AdaLoraLayer], adapter_name: str) -> None:
+    """Raise a ValueError if a process holds only parts of an adapter's parameters, as under FSDP."""
+    for name, layer in layers.items():
+        if is_sharded(layer.lora_E[adapter_name]):
+            raise ValueError(f"the parameters of {name!r} are sharded, and AdaLoRA needs them whole: train with DDP.")
 
 
 class RankAllocator:
@@ -39,7 +46,7 @@ class RankAllocator:
         step: The last step that it was told of, or None.
         threshold: The score up to which the last allocation took triplets away, or None.
         importance: By layer; empty before the first step, and after the last allocation.
-        kept: Rows (r,) that each layer keeps since the last allocation; empty before the first one.
+        kept: Which rows each layer keeps since the last allocation; empty before the first one.
 
     Args:
         model: A model whose layers carry the adapter.
@@ -59,7 +66,7 @@ class RankAllocator:
         self.step: int | None = None
         self.threshold: float | None = None
         self.importance: dict[str, Importance] = {}
-        self.kept: dict[str, Tensor] = {}
+        self.kept: dict[str, tuple[bool, ...]] = {}
 
     def budget(self, step: int) -> int:
         """Triplets that all layers together may keep at a step."""
@@ -77,9 +84,7 @@ class RankAllocator:
             ValueError: there are no gradients to measure by, or never were; parameters are sharded.
         """
         layers = self._layers(model)
-        sharded = next((name for name, layer in layers.items() if is_sharded(layer.lora_E[self.adapter_name])), None)
-        if sharded is not None:
-            raise ValueError(f"the parameters of {sharded!r} are sharded, and triplets cannot be compared: use DDP.")
+        require_whole(layers, self.adapter_name)
         if is_measured(self.config, global_step):
             self._measure(layers)
         allocates = bool(is_allocated(self.config, global_step))
@@ -102,7 +107,7 @@ class RankAllocator:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What going on from this step depends on, as tensors by key."""
-        state = {f"{name}.kept": rows for name, rows in self.kept.items()}
+        state = {f"{name}.kept": torch.tensor(rows, dtype=torch.bool) for name, rows in self.kept.items()}
         for name, importance in self.importance.items():
             for average, factors in importance._asdict().items():
                 state |= {f"{name}.{average}.{part}": value for part, value in factors._asdict().items()}
@@ -112,7 +117,8 @@ class RankAllocator:
         """The inverse of `state_dict`."""
         step = int(state["step"])
         self.step = None if step < 0 else step
-        self.kept = {key.removesuffix(".kept"): value for key, value in state.items() if key.endswith(".kept")}
+        kept = {key.removesuffix(".kept"): value for key, value in state.items() if key.endswith(".kept")}
+        self.kept = {name: tuple(rows.tolist()) for name, rows in kept.items()}
         names = {key.removesuffix(".exp_avg_ipt.A") for key in state if key.endswith(".exp_avg_ipt.A")}
 
         def factors(name: str, average: str) -> SVDFactors:
@@ -158,7 +164,7 @@ class RankAllocator:
         ranks = {name: layer.r[self.adapter_name] for name, layer in layers.items()}
         excess = sum(ranks.values()) - self.budget(step)
         if excess <= 0:
-            self.kept = {name: torch.ones(rank, dtype=torch.bool) for name, rank in ranks.items()}
+            self.kept = {name: (True,) * rank for name, rank in ranks.items()}
             return
         if not self.importance:
             raise ValueError(
@@ -167,9 +173,9 @@ class RankAllocator:
             )
         scores = {name: score.cpu() for name, score in self.scores().items()}
         self.threshold = torch.kthvalue(torch.cat(list(scores.values())), excess).values.item()
-        self.kept = {name: score > self.threshold for name, score in scores.items()}
+        self.kept = {name: tuple((score > self.threshold).tolist()) for name, score in scores.items()}
 
     def _mask(self, layers: Mapping[str, AdaLoraLayer]) -> None:
         for name, layer in layers.items():
             E = layer.lora_E[self.adapter_name]
-            E[~self.kept[name].to(E.device)] = 0
+            E[[row for row, kept in enumerate(self.kept[name]) if not kept]] = 0

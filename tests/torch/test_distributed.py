@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import interop
-from interop import RandLoraConfig
+from interop import AdaLoraConfig, RandLoraConfig
 from randlora_torch import RandLoraModel, extract, get_peft_model, load_adapter
 
 WORKER = Path(__file__).with_name("workers") / "parallel.py"
@@ -40,11 +40,18 @@ def adapted(**fields):
     return model
 
 
+def with_adalora():
+    torch.manual_seed(1)
+    schedule = {"init_r": 4, "target_r": 1, "tinit": 1, "tfinal": 2, "total_step": 8, "lora_alpha": 4}
+    return get_peft_model(llama(), AdaLoraConfig(**schedule, target_modules=["q_proj", "down_proj"])).train()
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """The folder that the processes wrote to, and by scenario what each of them found."""
     folder = tmp_path_factory.mktemp("parallel")
     models = {"ddp": adapted(), "fsdp": adapted(modules_to_save=["lm_head"]), "trainer": adapted()}
+    models["adalora"] = with_adalora()
     for scenario, model in models.items():
         torch.save(model, folder / f"{scenario}.pt")
     torch.save(BATCH, folder / "batch.pt")
@@ -111,6 +118,27 @@ def test_only_the_main_process_writes(ddp):
     assert (folder / "ddp-saved-by-0" / "unused" / "adapter_config.json").exists()
     saved = load_adapter(llama(), folder / "ddp-saved-by-0", is_trainable=True)
     torch.testing.assert_close(trainable(saved), first["trainable"], rtol=0, atol=0)
+
+
+def test_processes_that_share_their_gradients_keep_the_same_triplets(found):
+    first, second = found[1]["adalora"]
+    torch.testing.assert_close(first["trainable"], second["trainable"], rtol=0, atol=0)
+    assert first["pattern"] == second["pattern"] is not None
+    model = with_adalora()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, 9):
+        model(input_ids=BATCH, labels=BATCH).loss.backward()
+        optimizer.step()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+    assert model.peft_config["default"].rank_pattern == first["pattern"]
+    torch.testing.assert_close(first["trainable"], trainable(model), rtol=1e-3, atol=1e-4)
+
+
+def test_sharded_triplets_are_refused_by_name(found):
+    for process in found[1]["adalora"]:
+        for what in ("loss", "step"):
+            assert "are sharded, and AdaLoRA needs them whole: train with DDP" in process[what]
 
 
 @pytest.fixture(scope="module")

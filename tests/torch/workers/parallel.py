@@ -155,10 +155,38 @@ def trainer(folder):
     return found
 
 
+def adalora(folder):
+    """DDP with half a batch each, through a whole schedule; then what a sharded model answers."""
+    rank, (model, batch) = dist.get_rank(), load(folder, "adalora")
+    if rank == 1:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1.0)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(1, model.peft_config["default"].total_step + 1):
+        wrapped(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        model.update_and_allocate(step)
+        optimizer.zero_grad()
+    found = {"trainable": trainable(model), "pattern": model.peft_config["default"].rank_pattern}
+    shard(model)
+    for name, call in (
+        ("loss", lambda: model(input_ids=batch, labels=batch)),
+        ("step", lambda: model.update_and_allocate(9)),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    for scenario in (ddp, fsdp, trainer):
+    for scenario in (ddp, fsdp, trainer, adalora):
         torch.save(scenario(place), place / f"{scenario.__name__}-{dist.get_rank()}.pt")
     dist.destroy_process_group()
