@@ -1,6 +1,11 @@
-"""RandLoRA (arXiv:2502.00987) for JAX and Flax: pure functions on any pytree, and adapters attached to Flax models."""
+"""RandLoRA (arXiv:2502.00987) for JAX and Flax: pure functions on any pytree, and adapters attached to Flax models.
 
+AdaLoRA, on any pytree, is in `randlora_jax.adalora`.
+"""
+
+from interop.adalora import AdaLoraConfig
 from interop.config import RandLoraConfig
+from randlora_jax.adalora import AdaLoraAdapter
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import layer_bases, make_bases
 from randlora_jax.gradients import apply_delta, delta_weight
@@ -25,6 +30,8 @@ from randlora_jax.tracing import InferredLayouts, infer_layouts
 from randlora_jax.training import accumulate_gradients
 
 __all__ = [
+    "AdaLoraAdapter",
+    "AdaLoraConfig",
     "InferredLayouts",
     "Layout",
     "RandLoraAdapter",

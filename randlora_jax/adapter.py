@@ -1,9 +1,12 @@
-"""`RandLoraAdapter`: an adapter as a pytree. Pass it to jitted functions whole; give optax its `trainable` part."""
+"""`RandLoraAdapter`: an adapter as a pytree. Pass it to jitted functions whole; give optax its `trainable` part.
+
+What it shares with `AdaLoraAdapter`, which is in a module of its own, is in `KernelAdapter`.
+"""
 
 import dataclasses
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +14,127 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
+from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter, Factors, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
+from interop.fields import AdapterConfig
 from interop.files import save
-from randlora_jax.kernels import weight_deltas
+from randlora_jax.kernels import AnyFactors, is_stacked, weight_deltas
 from randlora_jax.layouts import Layout, weight_names
+
+This = TypeVar("This", bound="KernelAdapter")
+
+
+class KernelAdapter:
+    """What the adapters of both methods have in common: a pytree of factors by kernel, and static knowledge of them.
+
+    A kernel that holds several weights (`Layout.stack_axes`) has its factors in arrays with an axis over the weights in
+    front. In adapter files each of them has a name of its own.
+    """
+
+    factors: dict[str, Any]
+    bases: Bases | None
+    config: AdapterConfig
+    shapes: tuple[tuple[str, tuple[int, int]], ...] | None
+    layouts: tuple[tuple[str, Layout], ...]
+    recipe: str | None
+    dtype: np.dtype | None
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted layers."""
+        return tuple(self.factors)
+
+    @property
+    def trainable(self) -> dict[str, Any]:
+        """The pytree that gradients and optimizer states are made for: the factors, without any bases."""
+        return self.factors
+
+    @property
+    def weight_names(self) -> dict[str, list[str]]:
+        """Names in adapter files of the weights that each kernel's factors are for, in their order."""
+        layouts = dict(self.layouts)
+        return {name: _weight_names(name, layouts.get(name), factors) for name, factors in self.factors.items()}
+
+    def with_trainable(self: This, trainable: dict[str, Any]) -> This:
+        """This adapter with other factors, as they come out of an optax update or into a loss function.
+
+        Raises:
+            ValueError: the layers are not those of this adapter.
+        """
+        if set(trainable) != set(self.factors):
+            differing = sorted(set(trainable) ^ set(self.factors))
+            raise ValueError(f"trainable must hold the {len(self.factors)} adapted layers; these differ: {differing}.")
+        return dataclasses.replace(self, factors=trainable)
+
+    def with_layouts(self: This, layouts: Mapping[str, Layout]) -> This:
+        """This adapter, knowing the layouts of kernels that are no plain 2-D matrices, by module name.
+
+        Raises:
+            ValueError: a name is not adapted.
+        """
+        unknown = sorted(set(layouts) - set(self.factors))
+        if unknown:
+            raise ValueError(f"layouts are given for {unknown}, which are not adapted. The adapter has {self.modules}.")
+        return dataclasses.replace(self, layouts=tuple({**dict(self.layouts), **layouts}.items()))
+
+    def delta_weight(
+        self, module: str, shape: tuple[int, int] | None = None
+    ) -> Float[Array, "*weights outputs inputs"]:
+        """The update of one layer in torch's (out, in) orientation, float32 or wider; of each weight stacked in it.
+
+        Args:
+            module: One of `adapter.modules`.
+            shape: (out, in) of the layer; may be left out if `adapter.shapes` is known.
+
+        Raises:
+            KeyError: `module` is not adapted.
+            ValueError: the shape is unknown or does not fit.
+        """
+        shape = resolve_shape(self, module, shape)
+        factors, scaling = self.factors[module], self.config.scaling
+        with jax.default_matmul_precision("highest"):
+            return weight_deltas(self.bases, factors, shape, scaling=scaling, dtype=self.dtype)
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
+        """Write the adapter in PEFT's format; see `interop.save`. With several processes, call it in all of them.
+
+        The first process writes; the others return when it has.
+        """
+        adapter = self.to_interop()
+        if jax.process_index() == 0:
+            save(adapter, directory)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("randlora: adapter saved")
+
+    def to_interop(self) -> Adapter:
+        """The same arrays in numpy, each weight of a stacked kernel under its own name (`Layout.modules`).
+
+        Arrays that are spread over several processes are gathered: call it in all of them.
+        """
+        factors, bases = jax.tree.map(to_host, (self.factors, self.bases))
+        names, shapes = self.weight_names, self.shapes and dict(self.shapes)
+        return Adapter(
+            config=self.config,
+            factors={
+                module: self._as_stored(module, weight)
+                for name, stacked in factors.items()
+                for module, weight in zip(names[name], weights_of(stacked), strict=True)
+            },
+            bases=bases,
+            recipe=self.recipe,
+            shapes=shapes and {module: shapes[name] for name in names for module in names[name]},
+        )
+
+    def _as_stored(self, module: str, factors: AnyFactors) -> AnyFactors:
+        """The factors of one weight as files hold them, from how they lie in an array of several."""
+        return factors
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class RandLoraAdapter:
+class RandLoraAdapter(KernelAdapter):
     """A RandLoRA adapter (arXiv:2502.00987) on JAX arrays, keyed by module name, in torch's (out, in) coordinates.
 
     Attributes:
@@ -43,62 +156,12 @@ class RandLoraAdapter:
     recipe: str | None = dataclasses.field(default=None, metadata={"static": True})
     dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
 
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """Names of the adapted layers."""
-        return tuple(self.factors)
-
-    @property
-    def trainable(self) -> dict[str, Factors]:
-        """The pytree that gradients and optimizer states are made for: lambda and gamma, without the bases."""
-        return self.factors
-
-    def with_trainable(self, trainable: dict[str, Factors]) -> "RandLoraAdapter":
-        """This adapter with other factors, as they come out of an optax update or into a loss function.
-
-        Raises:
-            ValueError: the layers are not those of this adapter.
-        """
-        if set(trainable) != set(self.factors):
-            differing = sorted(set(trainable) ^ set(self.factors))
-            raise ValueError(f"trainable must hold the {len(self.factors)} adapted layers; these differ: {differing}.")
-        return dataclasses.replace(self, factors=trainable)
-
-    def with_layouts(self, layouts: Mapping[str, Layout]) -> "RandLoraAdapter":
-        """This adapter, knowing the layouts of kernels that are no plain 2-D matrices, by module name.
-
-        Raises:
-            ValueError: a name is not adapted.
-        """
-        unknown = sorted(set(layouts) - set(self.factors))
-        if unknown:
-            raise ValueError(f"layouts are given for {unknown}, which are not adapted. The adapter has {self.modules}.")
-        return dataclasses.replace(self, layouts=tuple({**dict(self.layouts), **layouts}.items()))
-
     def with_bases_dtype(self, dtype: Any) -> "RandLoraAdapter":
         """This adapter with its bases stored in another dtype, e.g. bfloat16, which halves their memory.
 
         Rounded bases are other bases: files then hold them as they are, and `save_projection=False` is refused.
         """
         return dataclasses.replace(self, bases=Bases(*(array.astype(dtype) for array in self.bases)))
-
-    def delta_weight(
-        self, module: str, shape: tuple[int, int] | None = None
-    ) -> Float[Array, "*weights outputs inputs"]:
-        """The update of one layer in torch's (out, in) orientation, float32 or wider; of each weight stacked in it.
-
-        Args:
-            module: One of `adapter.modules`.
-            shape: (out, in) of the layer; may be left out if `adapter.shapes` is known.
-
-        Raises:
-            KeyError: `module` is not adapted.
-            ValueError: the shape is unknown or does not fit.
-        """
-        shape = resolve_shape(self, module, shape)
-        factors, scaling = self.factors[module], self.config.scaling
-        with jax.default_matmul_precision("highest"):
-            return weight_deltas(self.bases, factors, shape, scaling=scaling, dtype=self.dtype)
 
     @classmethod
     def from_interop(cls, adapter: Adapter) -> "RandLoraAdapter":
@@ -107,62 +170,47 @@ class RandLoraAdapter:
         Raises:
             ValueError: the bases are not known yet, or the adapter also trains biases or whole modules, which this
                 stack cannot hold.
+            TypeError: it is an adapter of AdaLoRA.
         """
+        if isinstance(adapter.config, AdaLoraConfig):
+            raise TypeError("the adapter is one of AdaLoRA: use AdaLoraAdapter.from_interop, or interop.convert.")
         if adapter.bases is None:
             raise ValueError(
                 "this adapter's file holds no bases and does not say how large they are: attach it to its model"
                 " (randlora_jax.attach), or give the (out, in) shapes of its layers first: adapter.bind(shapes)."
             )
-        if adapter.saved_weights:
-            raise ValueError(
-                f"the adapter holds {sorted(adapter.saved_weights)} besides lambda and gamma"
-                f" (bias={adapter.config.bias!r}, modules_to_save={adapter.config.modules_to_save}). The JAX stack"
-                " holds lambda and gamma only: merge those weights into the base model in torch first."
-            )
+        refuse_saved_weights(adapter, "lambda and gamma")
         factors, bases = jax.tree.map(jnp.asarray, (dict(adapter.factors), adapter.bases))
         shapes = adapter.shapes and tuple(adapter.shapes.items())
         return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
 
-    def to_interop(self) -> Adapter:
-        """The same arrays in numpy, each weight of a stacked kernel under its own name (`Layout.modules`).
 
-        Arrays that are spread over several processes are gathered: call it in all of them.
-        """
-        factors, bases = jax.tree.map(_to_host, (self.factors, self.bases))
-        layouts, shapes = dict(self.layouts), self.shapes and dict(self.shapes)
-        names = {name: _weight_names(name, layouts.get(name), pair.lam) for name, pair in factors.items()}
-        return Adapter(
-            config=self.config,
-            factors={
-                module: pair if pair.lam.ndim == 2 else Factors(pair.lam[i], pair.gamma[i])
-                for name, pair in factors.items()
-                for i, module in enumerate(names[name])
-            },
-            bases=bases,
-            recipe=self.recipe,
-            shapes=shapes and {module: shapes[name] for name in names for module in names[name]},
+def refuse_saved_weights(adapter: Adapter, factors: str) -> None:
+    """Raise a ValueError if an adapter of the hub holds other weights than its factors."""
+    if adapter.saved_weights:
+        raise ValueError(
+            f"the adapter holds {sorted(adapter.saved_weights)} besides {factors}"
+            f" (bias={adapter.config.bias!r}, modules_to_save={adapter.config.modules_to_save}). The JAX stack"
+            f" holds {factors} only: merge those weights into the base model in torch first."
         )
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the adapter in PEFT's format; see `interop.save`. With several processes, call it in all of them.
 
-        The first process writes; the others return when it has.
-        """
-        adapter = self.to_interop()
-        if jax.process_index() == 0:
-            save(adapter, directory)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("randlora: adapter saved")
+def weights_of(factors: AnyFactors) -> list[AnyFactors]:
+    """The factors of each weight of a kernel."""
+    if not is_stacked(factors):
+        return [factors]
+    return [type(factors)(*(part[i] for part in factors)) for i in range(len(factors[0]))]
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """The array in numpy; if it is spread over processes, all of them must call this."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         return multihost_utils.process_allgather(array, tiled=True)
     return np.asarray(array)
 
 
-def _weight_names(name: str, layout: Layout | None, lam: np.ndarray) -> list[str]:
-    """Names in adapter files of the weights whose factors stand in one array."""
+def _weight_names(name: str, layout: Layout | None, factors: AnyFactors) -> list[str]:
+    """Names in adapter files of the weights whose factors stand in the arrays of one kernel."""
     if layout is not None and layout.modules is not None:
         return [module for module in layout.modules if module is not None]
-    return list(weight_names(name, len(lam) if lam.ndim > 2 else None))
+    return list(weight_names(name, len(factors[0]) if is_stacked(factors) else None))

@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a training run: lambda, gamma, the optimizer's state, and a description of what they belong to.
+"""Orbax checkpoints of a training run: the factors, the optimizer's state, and a description of what they belong to.
 
 The base model and the bases are not written, only checksums of them. Where those are others, a checkpoint is refused.
 Needs the extra `orbax`; no other module imports this one.
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from interop.errors import AdapterFormatError, bulleted
-from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.provenance import FORMAT, VERSION, describe, differences
+from randlora_jax.selection import AnyAdapter
 
 try:
     import orbax.checkpoint as ocp
@@ -69,7 +69,7 @@ class AdapterCheckpoints:
     def __init__(
         self,
         directory: str | os.PathLike[str],
-        adapter: RandLoraAdapter,
+        adapter: AnyAdapter,
         params: Any,
         *,
         max_to_keep: int | None = None,
@@ -250,13 +250,16 @@ def _is_local(leaf: Any) -> bool:
 
 
 def _stored(tree: Any) -> dict[str, jax.Array | np.ndarray]:
-    """The arrays that Orbax gets: the bits of random keys, and numpy's for Python numbers and what each process has."""
+    """The arrays that Orbax gets: the bits of random keys, and numpy's for Python numbers and what each process has.
+
+    It takes none of size zero, as a layer's are of which no triplet is left.
+    """
 
     def store(leaf: Any) -> jax.Array | np.ndarray:
         leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
         return leaf if isinstance(leaf, jax.Array) and not _is_local(leaf) else np.asarray(leaf)
 
-    return {name: store(leaf) for name, leaf in _named(tree).items()}
+    return {name: store(leaf) for name, leaf in _named(tree).items() if np.size(leaf)}
 
 
 def _targets(tree: Any) -> dict[str, jax.ShapeDtypeStruct | np.ndarray]:
@@ -284,5 +287,5 @@ def _like(tree: Any, arrays: Mapping[str, jax.Array | np.ndarray]) -> Any:
             return jnp.asarray(array)
         return array if isinstance(leaf, np.ndarray) else type(leaf)(array)
 
-    leaves = [like(leaf, arrays[name]) for name, leaf in _named(tree).items()]
+    leaves = [like(leaf, arrays[name]) if np.size(leaf) else leaf for name, leaf in _named(tree).items()]
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)

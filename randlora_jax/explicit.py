@@ -15,7 +15,7 @@ from interop.config import RandLoraConfig
 from interop.shapes import factor_shapes, shared_dims
 from randlora_jax.bases import layer_bases, make_bases
 from randlora_jax.gradients import apply_delta
-from randlora_jax.selection import refuse_unsupported
+from randlora_jax.selection import refuse_unsupported, require_randlora
 
 _STATIC = {"static": True}
 
@@ -52,7 +52,9 @@ def explicit_config(config: RandLoraConfig) -> RandLoraConfig:
 
     Raises:
         ValueError: the config asks for trained biases, modules_to_save, or a task type with a trained head.
+        TypeError: it is one of AdaLoRA.
     """
+    require_randlora(config, "randlora_jax.adalora adapts the layers of a model as they are.")
     refuse_unsupported(config)
     return config.with_targets("all-linear")
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
+from interop.adalora import SVDFactors
 from interop.adapter import Factors
 from interop.bases import Bases
 from interop.errors import bulleted
@@ -18,6 +19,9 @@ from randlora_jax.bases import layer_bases
 from randlora_jax.gradients import delta_weight
 from randlora_jax.layouts import OUT_IN, Layout, default_layout, module_name, path_parts
 from randlora_jax.quantized import is_quantized
+from randlora_jax.svd import delta_of_triplets
+
+AnyFactors = Factors | SVDFactors  # of RandLoRA, of AdaLoRA
 
 
 class Kernel(NamedTuple):
@@ -105,8 +109,8 @@ def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping
 
 
 def weight_deltas(
-    bases: Bases,
-    factors: Factors,
+    bases: Bases | None,
+    factors: AnyFactors,
     shape: tuple[int, int],
     *,
     scaling: float,
@@ -119,14 +123,30 @@ def weight_deltas(
     """
     transposed = (shape[0] >= shape[1]) == in_first  # `delta_weight` gives the long side first
 
-    def update(factors: Factors) -> Array:
+    def update(factors: AnyFactors) -> Array:
+        if isinstance(factors, SVDFactors):
+            return delta_of_triplets(factors, scaling=scaling, dtype=dtype, in_first=in_first)
+        assert bases is not None  # `RandLoraAdapter` has them
         return delta_weight(*layer_bases(bases, shape), *factors, scaling=scaling, dtype=dtype, transposed=transposed)
 
-    return jax.vmap(update)(factors) if factors.lam.ndim > 2 else update(factors)
+    return jax.vmap(update)(factors) if is_stacked(factors) else update(factors)
+
+
+def is_stacked(factors: AnyFactors) -> bool:
+    """Whether these are the factors of several weights, on a first axis."""
+    return factors[0].ndim > 2
+
+
+def fits_weight(factors: AnyFactors, shape: tuple[int, int]) -> bool:
+    """Whether the factors, stacked or not, are those of a torch weight of shape (out, in)."""
+    if isinstance(factors, SVDFactors):
+        A, E, B = (part.shape[-2:] for part in factors)
+        return (B[0], A[1]) == shape and A[0] == E[0] == B[1]
+    return factors.gamma.shape[-2:] == (factors.lam.shape[-1], min(shape))
 
 
 def kernel_delta(
-    bases: Bases, factors: Factors, kernel: Kernel, *, scaling: float, dtype: np.dtype | None = None
+    bases: Bases | None, factors: AnyFactors, kernel: Kernel, *, scaling: float, dtype: np.dtype | None = None
 ) -> Float[Array, "..."]:
     """The update dW of all weights of a kernel, in its layout, float32 or wider; zero for weights not adapted.
 
@@ -134,8 +154,9 @@ def kernel_delta(
     dW to W, and in a scan out of the loop, where it makes a transposed copy of the kernels of all layers.
 
     Args:
-        bases: The shared bases; the part that these weights use is sliced from them.
-        factors: lam (r, n) and gamma (n, d), or (weights, r, n) and (weights, n, d) for a kernel with stack_axes.
+        bases: The shared bases; the part that these weights use is sliced from them. AdaLoRA has none.
+        factors: lam (r, n) and gamma (n, d), or A (r, in), E (r, 1) and B (out, r); for a kernel with stack_axes with
+            an axis over the weights in front.
         kernel: Layout and shape of the kernel.
         scaling: `config.scaling`.
         dtype: See `delta_weight`.
@@ -151,8 +172,8 @@ def kernel_delta(
 
 def combine_kernel(
     weight: Array,
-    bases: Bases,
-    factors: Factors,
+    bases: Bases | None,
+    factors: AnyFactors,
     kernel: Kernel,
     *,
     scaling: float,
@@ -167,7 +188,7 @@ def combine_kernel(
     if not jnp.issubdtype(weight.dtype, jnp.floating) or weight.dtype.itemsize < 2:
         raise ValueError(f"a kernel of dtype {weight.dtype} cannot hold W + dW: dequantize it to float first.")
 
-    def combined(weight: Array, bases: Bases, factors: Factors) -> Array:
+    def combined(weight: Array, bases: Bases | None, factors: AnyFactors) -> Array:
         delta = kernel_delta(bases, factors, kernel, scaling=scaling, dtype=dtype)
         return combine(weight.astype(jnp.promote_types(weight.dtype, delta.dtype)), delta).astype(weight.dtype)
 
@@ -177,14 +198,14 @@ def combine_kernel(
     return combined(weight, bases, factors)
 
 
-def align_factors(factors: Factors, kernel: Kernel) -> Factors:
+def align_factors(factors: AnyFactors, kernel: Kernel) -> AnyFactors:
     """Factors with their stack on the kernel's own axes (`Layout.align`), unless only some weights are adapted."""
     if _is_partial(kernel.layout):
         return factors
-    return Factors(*(kernel.layout.align(part, kernel.kernel_shape) for part in factors))
+    return type(factors)(*(kernel.layout.align(part, kernel.kernel_shape) for part in factors))
 
 
-def unalign_factors(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) -> tuple[Factors, Kernel]:
+def unalign_factors(factors: AnyFactors, kernel: Kernel, shape: tuple[int, ...]) -> tuple[AnyFactors, Kernel]:
     """The factors of `align_factors` and the kernel as they are now that a scan or vmap may have sliced them.
 
     Args:
@@ -204,10 +225,10 @@ def unalign_factors(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) ->
             )
         return factors, kernel
     layout = _sliced_layout(factors, kernel, shape) if sliced else kernel.layout
-    return Factors(*map(layout.unalign, factors)), Kernel(layout, shape)
+    return type(factors)(*map(layout.unalign, factors)), Kernel(layout, shape)
 
 
-def _sliced_layout(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) -> Layout:
+def _sliced_layout(factors: AnyFactors, kernel: Kernel, shape: tuple[int, ...]) -> Layout:
     """The layout without the axes that are gone: the outermost ones, or those that the shapes tell."""
     layout = kernel.layout
     for gone in itertools.combinations(layout.stack_axes, max(layout.ndim - len(shape), 0)):
@@ -215,8 +236,7 @@ def _sliced_layout(factors: Factors, kernel: Kernel, shape: tuple[int, ...]) -> 
         if [kernel.kernel_shape[axis] for axis in kept] == list(shape):
             now = Kernel(layout.without(gone), shape)
             if all(part.ndim == len(shape) and _is_aligned(part, now) for part in factors):
-                lam, gamma = map(now.layout.unalign, factors)
-                if (lam.shape[-1], min(now.shape)) == gamma.shape[-2:]:
+                if fits_weight(type(factors)(*map(now.layout.unalign, factors)), now.shape):
                     return now.layout
     raise ValueError(
         f"a kernel of shape {kernel.kernel_shape} is read as {shape}, but its layout is {layout}: give it the Layout"

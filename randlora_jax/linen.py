@@ -12,21 +12,20 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
-from interop.adapter import Factors
 from interop.bases import Bases
-from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import Captured
-from randlora_jax.kernels import Kernel, align_factors, combine_kernel, unalign_factors
+from randlora_jax.kernels import AnyFactors, Kernel, align_factors, combine_kernel, unalign_factors
 from randlora_jax.linen_linear import RandLoraBases, RandLoraLinear, extract_adapter, insert_adapter
 from randlora_jax.params import map_kernels
 from randlora_jax.quantized import dequantize, is_quantized
+from randlora_jax.selection import AnyAdapter
 
 __all__ = ["RandLoraBases", "RandLoraBox", "RandLoraLinear", "extract_adapter", "insert_adapter", "lazy_params"]
 
 Params = TypeVar("Params")
 
 
-def lazy_params(params: Params, adapter: RandLoraAdapter) -> Params:
+def lazy_params(params: Params, adapter: AnyAdapter) -> Params:
     """Variables of linen with which a model computes W + dW at each access to an adapted W; see `effective_params`.
 
     Call it inside the function that is jitted and differentiated, on arrays that are arguments of that function:
@@ -38,7 +37,7 @@ def lazy_params(params: Params, adapter: RandLoraAdapter) -> Params:
     Works in `nn.scan`, `nn.vmap` and `nn.remat`, with the params on any of `variable_axes`. Quantized kernels, adapted
     or not, are dequantized at access too; under `nn.scan` they must be stacked on axis 0.
 
-    What changes variables before the layer reads them would change W, lambda and gamma each by itself: with
+    What changes variables before the layer reads them would change W and the factors each by itself: with
     `nn.map_variables`, `nn.WeightNorm`, `nn.SpectralNorm` or a `jax.tree.map` over the result, use `effective_params`.
     Where `nn.vmap` gives one input to all its members, the trace cannot tell members from outputs: pass the `Layout` of
     such kernels, with the vmapped axis in stack_axes.
@@ -50,9 +49,9 @@ def lazy_params(params: Params, adapter: RandLoraAdapter) -> Params:
     Raises:
         ValueError: `params` lacks an adapted layer or holds it in another shape.
     """
-    captured = tuple(map(Captured, adapter.bases))
+    captured = tuple(map(Captured, adapter.bases or ()))
 
-    def box(leaf: Any, factors: Factors, kernel: Kernel) -> RandLoraBox:
+    def box(leaf: Any, factors: AnyFactors, kernel: Kernel) -> RandLoraBox:
         update = _Update(kernel, captured, adapter.config.scaling, adapter.dtype)
         return RandLoraBox(leaf, align_factors(factors, kernel), update)
 
@@ -70,22 +69,22 @@ class _Update:
     """What a box knows of its update besides arrays that a scan may slice."""
 
     kernel: Kernel
-    bases: tuple[Captured, Captured]
+    bases: tuple[Captured, ...]
     scaling: float
     dtype: np.dtype | None
 
 
 class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
-    """A kernel with its lambda and gamma on the same stack axes; `unbox` gives W + dW.
+    """A kernel with its factors on the same stack axes; `unbox` gives W + dW.
 
     Attributes:
         value: The frozen kernel, perhaps quantized, perhaps in a box of partitioning metadata.
-        factors: lambda and gamma, or None for a kernel that is only dequantized.
+        factors: lambda and gamma, or A, E and B, or None for a kernel that is only dequantized.
         update: The static part, or None.
     """
 
     value: Any
-    factors: Factors | None
+    factors: AnyFactors | None
     update: _Update | None = struct.field(pytree_node=False)
 
     def unbox(self, apply_constraint: bool = True) -> jax.Array:
@@ -96,8 +95,8 @@ class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
         weight = dequantize(inner)
         if self.update is None or self.factors is None:
             return weight
-        factors, kernel = unalign_factors(Factors(*self.factors), self.update.kernel, weight.shape)
-        bases = Bases(*(basis.array for basis in self.update.bases))
+        factors, kernel = unalign_factors(self.factors, self.update.kernel, weight.shape)
+        bases = Bases(*(basis.array for basis in self.update.bases)) if self.update.bases else None
         return combine_kernel(weight, bases, factors, kernel, scaling=self.update.scaling, dtype=self.update.dtype)
 
     def replace_boxed(self, val: Any) -> "RandLoraBox":

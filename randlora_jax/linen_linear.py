@@ -31,7 +31,7 @@ from randlora_jax.explicit import (
 )
 from randlora_jax.kernels import Kernel, Kernels, combine_kernel
 from randlora_jax.layouts import IN_OUT, Layout, module_name
-from randlora_jax.selection import Source, as_interop, on_kernels
+from randlora_jax.selection import Source, as_interop, on_kernels, require_randlora
 
 TRAINABLE, FROZEN = "randlora", "randlora_bases"  # names of the collections
 _FACTORS = Factors("randlora_lambda", "randlora_gamma")
@@ -199,9 +199,11 @@ def insert_adapter(
     Raises:
         AdapterFormatError: a layer that it adapts is missing or has another shape.
         ValueError: it leaves out a layer, or has another r or scaling.
-        TypeError: `source` is no adapter.
+        TypeError: `source` is no adapter, or one of AdaLoRA.
     """
-    parts, adapter = _Parts.of(variables, layouts or {}), as_interop(source)
+    adapter = as_interop(source)
+    require_randlora(adapter.config, "lazy_params(params, adapter) adapts linen layers as they are.")
+    parts = _Parts.of(variables, layouts or {})
     if (adapter.config.r, adapter.config.scaling) != (config.r, config.scaling):
         raise ValueError(
             f"the adapter has r={adapter.config.r} and randlora_alpha={adapter.config.randlora_alpha}, the model was"

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from interop.bases import DEFAULT_RECIPE
-from interop.config import RandLoraConfig
+from interop.fields import AdapterConfig
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.kernels import Kernel, Kernels, find_kernels
 from randlora_jax.layouts import Layout, module_name
@@ -21,16 +21,21 @@ from randlora_jax.nnx_places import Place, active_adapter, adapted_weights, adap
 from randlora_jax.nnx_switching import set_adapter
 from randlora_jax.nnx_weight import LayerAdapter, RandLoraBasis, Static
 from randlora_jax.quantized import is_quantized
-from randlora_jax.selection import Source, as_interop, new_adapter, on_kernels
+from randlora_jax.selection import Source, as_interop, new_adapter, on_kernels, require_randlora
 from randlora_jax.sharding import like_kernels
 from randlora_jax.tracing import InferredLayouts, infer_layouts
 
 Model = TypeVar("Model", bound=nnx.Module)
 
+_ADALORA = (
+    "with graph, state = nnx.split(model), make one with adalora.init(config, state, key=key) or load_adapter(folder,"
+    " state), and call nnx.merge(graph, effective_params(state, adapter)) where the model is called."
+)
+
 
 def attach(
     model: Model,
-    config_or_adapter: RandLoraConfig | Source,
+    config_or_adapter: AdapterConfig | Source,
     *,
     adapter_name: str = "default",
     layouts: Mapping[str, Layout] | None = None,
@@ -59,7 +64,7 @@ def attach(
     Raises:
         ValueError: the model has an adapter of that name, a target matches nothing, the adapter was made for another
             model, or a new one asks for trained biases, modules_to_save or dropout.
-        TypeError: `model` is no NNX model, or `config_or_adapter` is none of these.
+        TypeError: `model` is no NNX model, or `config_or_adapter` is none of these, or one of AdaLoRA.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}, not an nnx.Module: randlora_jax.init adapts pytrees.")
@@ -181,7 +186,7 @@ def _with_dropout(places: list[Place]) -> set[str]:
 
 
 def _resolve(
-    source: RandLoraConfig | Source,
+    source: AdapterConfig | Source,
     found: Kernels,
     recipe: str,
     rngs: nnx.Rngs | None,
@@ -189,8 +194,10 @@ def _resolve(
     with_dropout: set[str],
 ) -> RandLoraAdapter:
     """The adapter to attach, on the default device and checked against the kernels."""
-    if isinstance(source, RandLoraConfig):
+    adapter = None if isinstance(source, AdapterConfig) else as_interop(source)
+    require_randlora(source if adapter is None else adapter.config, _ADALORA)
+    if adapter is None:
         key = None if rngs is None else rngs.params()
         return new_adapter(source, found, recipe=recipe, key=key, dtype=dtype, with_dropout=with_dropout)
     dtype = dtype or getattr(source, "dtype", None)
-    return on_kernels(as_interop(source), found, dtype=dtype, with_dropout=with_dropout)
+    return on_kernels(adapter, found, dtype=dtype, with_dropout=with_dropout)

@@ -7,14 +7,30 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from interop.adapter import Factors
 from interop.bases import DEFAULT_RECIPE
 from interop.config import RandLoraConfig
+from interop.fields import AdapterConfig
 from randlora_jax.adapter import RandLoraAdapter
-from randlora_jax.kernels import Kernel, combine_kernel, find_kernels, named_leaves, refuse_missing
+from randlora_jax.kernels import (
+    AnyFactors,
+    Kernel,
+    combine_kernel,
+    find_kernels,
+    fits_weight,
+    named_leaves,
+    refuse_missing,
+)
 from randlora_jax.layouts import Layout, default_layout, module_name, path_parts
 from randlora_jax.quantized import dequantize, is_quantized
-from randlora_jax.selection import Source, as_interop, new_adapter, on_kernels, select_weights
+from randlora_jax.selection import (
+    AnyAdapter,
+    Source,
+    as_interop,
+    new_adapter,
+    on_kernels,
+    require_randlora,
+    select_weights,
+)
 from randlora_jax.sharding import like_kernels
 
 Params = TypeVar("Params")
@@ -50,14 +66,16 @@ def init(
     Raises:
         ValueError: a target matches nothing or no adaptable kernel, the bases cannot be made, or the config asks for
             trained biases, modules_to_save or dropout.
+        TypeError: it is an `AdaLoraConfig`, for which there is `randlora_jax.adalora.init`.
     """
+    require_randlora(config, "randlora_jax.adalora.init(config, params, key=key) makes such an adapter.")
     leaves = named_leaves(params)
     adapter = new_adapter(config, find_kernels(leaves, layouts or {}), recipe=recipe, key=key, dtype=dtype)
     return like_kernels(adapter, leaves)
 
 
 def find_targets(
-    config: RandLoraConfig, params: Any, *, layouts: Mapping[str, Layout] | None = None
+    config: AdapterConfig, params: Any, *, layouts: Mapping[str, Layout] | None = None
 ) -> dict[str, tuple[int, int]]:
     """(out, in) of the weights that `init` would adapt, by name: print it before training.
 
@@ -69,7 +87,7 @@ def find_targets(
 
 def load_adapter(
     source: Source, params: Any, *, layouts: Mapping[str, Layout] | None = None, dtype: DTypeLike | None = None
-) -> RandLoraAdapter:
+) -> AnyAdapter:
     """An adapter of any stack, or a folder in PEFT's format, on the kernels of `params`; see `init` for the arguments.
 
     Raises:
@@ -80,7 +98,7 @@ def load_adapter(
     return like_kernels(on_kernels(as_interop(source), find_kernels(leaves, layouts or {}), dtype=dtype), leaves)
 
 
-def effective_params(params: Params, adapter: RandLoraAdapter) -> Params:
+def effective_params(params: Params, adapter: AnyAdapter) -> Params:
     """`params` with W + dW in place of each adapted W, in W's dtype; differentiable in `adapter.trainable`.
 
     Quantized kernels, adapted or not, become arrays.
@@ -91,7 +109,7 @@ def effective_params(params: Params, adapter: RandLoraAdapter) -> Params:
     return _combine(params, adapter, jnp.add)
 
 
-def merge(params: Params, adapter: RandLoraAdapter) -> Params:
+def merge(params: Params, adapter: AnyAdapter) -> Params:
     """The base weights with the adapter folded in: `effective_params`, in full precision on any hardware.
 
     Its products are not rounded to TF32 or bfloat16 operands, as jax does by default on GPU and TPU in training.
@@ -103,7 +121,7 @@ def merge(params: Params, adapter: RandLoraAdapter) -> Params:
         return effective_params(params, adapter)
 
 
-def unmerge(params: Params, adapter: RandLoraAdapter) -> Params:
+def unmerge(params: Params, adapter: AnyAdapter) -> Params:
     """Take a merged adapter out again: W - dW, equal to the base weights up to one rounding in W's dtype.
 
     Raises:
@@ -113,10 +131,10 @@ def unmerge(params: Params, adapter: RandLoraAdapter) -> Params:
         return _combine(params, adapter, jnp.subtract)
 
 
-def _combine(params: Params, adapter: RandLoraAdapter, combine: Callable[[Any, Any], Any]) -> Params:
+def _combine(params: Params, adapter: AnyAdapter, combine: Callable[[Any, Any], Any]) -> Params:
     scaling, dtype = adapter.config.scaling, adapter.dtype
 
-    def change(leaf: Any, factors: Factors, kernel: Kernel) -> jax.Array:
+    def change(leaf: Any, factors: AnyFactors, kernel: Kernel) -> jax.Array:
         weight = dequantize(leaf)
         return combine_kernel(weight, adapter.bases, factors, kernel, scaling=scaling, dtype=dtype, combine=combine)
 
@@ -125,8 +143,8 @@ def _combine(params: Params, adapter: RandLoraAdapter, combine: Callable[[Any, A
 
 def map_kernels(
     params: Params,
-    adapter: RandLoraAdapter,
-    change: Callable[[Any, Factors, Kernel], Any],
+    adapter: AnyAdapter,
+    change: Callable[[Any, AnyFactors, Kernel], Any],
     *,
     other: Callable[[Any], Any],
     is_leaf: Callable[[Any], bool] = is_quantized,
@@ -170,19 +188,19 @@ def map_kernels(
     return result
 
 
-def _fits(kernel: Kernel, name: str, factors: Factors) -> bool:
-    """Whether the factors have the short side of the kernel's weights, and are for as many weights."""
+def _fits(kernel: Kernel, name: str, factors: AnyFactors) -> bool:
+    """Whether the factors are for weights of the kernel's shape, and for as many."""
     stacked = (len(kernel.modules(name)),) if kernel.layout.stack_axes else ()
-    return min(kernel.shape) == factors.gamma.shape[-1] and factors.lam.shape[:-2] == stacked
+    return fits_weight(factors, kernel.shape) and factors[0].shape[:-2] == stacked
 
 
-def count_trainable(adapter: RandLoraAdapter) -> int:
+def count_trainable(adapter: AnyAdapter) -> int:
     """Number of trainable parameters of the adapter."""
     return sum(leaf.size for leaf in jax.tree.leaves(adapter.trainable))
 
 
-def trainable_report(adapter: RandLoraAdapter, params: Any) -> str:
-    """PEFT's line on trainable parameters, and the bytes of the shared frozen bases.
+def trainable_report(adapter: AnyAdapter, params: Any) -> str:
+    """PEFT's line on trainable parameters, and for RandLoRA the bytes of the shared frozen bases.
 
     Args:
         adapter: `extract(model)` for an NNX model.
@@ -191,13 +209,13 @@ def trainable_report(adapter: RandLoraAdapter, params: Any) -> str:
     trainable = count_trainable(adapter)
     base = [leaf for parts, leaf in named_leaves(params) if not parts[-1].startswith("randlora_")]
     total = trainable + sum(leaf.size for leaf in base if hasattr(leaf, "size"))
+    line = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+    if adapter.bases is None:
+        return line
     frozen = sum(array.nbytes for array in adapter.bases)
-    return (
-        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
-        f"frozen bases: {frozen:,d} bytes, shared by {len(adapter.modules)} layers"
-    )
+    return f"{line}\nfrozen bases: {frozen:,d} bytes, shared by {len(adapter.modules)} layers"
 
 
-def print_trainable_parameters(adapter: RandLoraAdapter, params: Any) -> None:
+def print_trainable_parameters(adapter: AnyAdapter, params: Any) -> None:
     """Print `trainable_report`."""
     print(trainable_report(adapter, params))

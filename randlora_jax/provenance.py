@@ -11,17 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from interop.bases import bases_digest
+from interop.adalora import AdaLoraConfig
+from interop.bases import Bases, bases_digest
 from interop.errors import bulleted
-from randlora_jax.adapter import RandLoraAdapter
+from interop.fields import AdapterConfig
+from randlora_jax.adapter import to_host
 from randlora_jax.kernels import named_leaves
 from randlora_jax.layouts import Layout, module_name
 from randlora_jax.nnx_places import places_of
+from randlora_jax.selection import AnyAdapter
 
 FORMAT, VERSION = "randlora_jax.checkpoint", 1
 
 
-def describe(adapter: RandLoraAdapter, params: Any) -> dict[str, Any]:
+def describe(adapter: AnyAdapter, params: Any) -> dict[str, Any]:
     """All that decides what the numbers in a checkpoint mean, as JSON gives it back."""
     if adapter.shapes is None:
         raise ValueError("the adapter does not know the shapes of its layers: load_adapter(source, params) finds them.")
@@ -31,11 +34,11 @@ def describe(adapter: RandLoraAdapter, params: Any) -> dict[str, Any]:
         "version": VERSION,
         "config": adapter.config.to_dict(),
         "recipe": adapter.recipe,
-        "bases_sha256": bases_digest(adapter.to_interop().bases),
+        "bases_sha256": None if adapter.bases is None else bases_digest(Bases(*map(to_host, adapter.bases))),
         "modules": {
             name: {
                 "shape": shape,
-                "weights": adapter.factors[name].lam.shape[:-2],
+                "weights": adapter.factors[name][0].shape[:-2],
                 "layout": _describe_layout(layouts[name]) if name in layouts else None,
             }
             for name, shape in adapter.shapes
@@ -48,10 +51,15 @@ def describe(adapter: RandLoraAdapter, params: Any) -> dict[str, Any]:
 def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     """What differs between the descriptions of a checkpoint and of this run, of what decides the update of a kernel."""
     says = lambda what, a, b: f"{what}: {a} in the checkpoint, {b} here"  # noqa: E731
+    configs = [AdapterConfig.from_dict({**side["config"], "inference_mode": True}) for side in (saved, here)]
+    if configs[0].METHOD != configs[1].METHOD:
+        return [says("method", *(config.METHOD for config in configs))]
     lines = []
-    for field in ("r", "randlora_alpha"):
+    for field in ("init_r", "lora_alpha") if isinstance(configs[0], AdaLoraConfig) else ("r", "randlora_alpha"):
         if saved["config"][field] != here["config"][field]:
             lines.append(says(field, saved["config"][field], here["config"][field]))
+    if isinstance(configs[0], AdaLoraConfig):
+        lines += [says(f"triplets of {name}", *kept) for name, kept in _differing_triplets(*configs).items()]
     if saved["bases_sha256"] != here["bases_sha256"]:
         lines.append(says("bases", *map(_describe_bases, (saved, here))))
     for name in sorted(saved["modules"].keys() | here["modules"].keys()):
@@ -68,6 +76,20 @@ def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
         if kernels[0][name] != kernels[1][name]:
             lines.append(says(f"base kernel {name}", *(side[name] for side in kernels)))
     return lines
+
+
+def _differing_triplets(saved: AdaLoraConfig, here: AdaLoraConfig) -> dict[str, list[str]]:
+    """Which triplets are left in the layers where these are not the same, by name."""
+    patterns = [config.rank_pattern or {} for config in (saved, here)]
+    kept = {
+        key.removesuffix(".lora_E"): [_describe_triplets(pattern.get(key)) for pattern in patterns]
+        for key in sorted(patterns[0].keys() | patterns[1].keys())
+    }
+    return {name: sides for name, sides in kept.items() if sides[0] != sides[1]}
+
+
+def _describe_triplets(mask: tuple[bool, ...] | None) -> str:
+    return "all" if mask is None or all(mask) else str([i for i, kept in enumerate(mask) if kept])
 
 
 def kernel_checksums(params: Any, modules: tuple[str, ...]) -> dict[str, str]:

@@ -11,16 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter, Factors, init_adapter
-from interop.config import RandLoraConfig
+from interop.bases import DEFAULT_RECIPE
 from interop.errors import AdapterFormatError
+from interop.fields import AdapterConfig
 from interop.files import load
 from interop.targets import resolve_targets
+from randlora_jax.adalora_adapter import AdaLoraAdapter, stack_triplets
 from randlora_jax.adapter import RandLoraAdapter
-from randlora_jax.kernels import Kernel, Kernels
+from randlora_jax.kernels import AnyFactors, Kernel, Kernels
 from randlora_jax.layouts import Layout
 
-Source = RandLoraAdapter | Adapter | str | os.PathLike[str]
+AnyAdapter = RandLoraAdapter | AdaLoraAdapter
+Source = AnyAdapter | Adapter | str | os.PathLike[str]
 OUTPUT_LAYERS = ("lm_head",)  # what "all-linear" leaves out, as PEFT does with a model's output embedding
 
 
@@ -41,23 +45,27 @@ def as_interop(source: Source) -> Adapter:
 
 
 def new_adapter(
-    config: RandLoraConfig,
+    config: AdapterConfig,
     found: Kernels,
     *,
-    recipe: str,
+    recipe: str = DEFAULT_RECIPE,
     key: jax.Array | None,
     dtype: DTypeLike | None = None,
     with_dropout: Collection[str] = (),
-) -> RandLoraAdapter:
+) -> AnyAdapter:
     """A new adapter for those kernels that the config selects; see `init` and `on_kernels`."""
     refuse_unsupported(config)
-    if not config.init_weights and key is None:
+    if key is None and isinstance(config, AdaLoraConfig):
+        raise ValueError("AdaLoRA draws A and B at random: pass key=jax.random.key(0).")
+    if key is None and not config.init_weights:
         raise ValueError("init_weights=False draws lambda at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
     shapes = select_weights(config, found)
     lacking = _without_dropout(found, shapes, with_dropout)
-    if config.randlora_dropout and lacking:
+    if config.dropout and isinstance(config, AdaLoraConfig):
+        raise ValueError(f"lora_dropout={config.dropout}: W + dW has no place for dropout. Set lora_dropout=0.0.")
+    if config.dropout and lacking:
         raise ValueError(
-            f"randlora_dropout={config.randlora_dropout}: W + dW has no place for dropout. Build the model from"
+            f"randlora_dropout={config.dropout}: W + dW has no place for dropout. Build the model from"
             " randlora_jax.RandLoraLinear layers, which have one, or set randlora_dropout=0.0."
             f" Of the targets, these have none: {lacking[:4]}."
         )
@@ -66,7 +74,13 @@ def new_adapter(
     return on_kernels(adapter, found, dtype=dtype, with_dropout=with_dropout)
 
 
-def refuse_unsupported(config: RandLoraConfig) -> None:
+def require_randlora(config: AdapterConfig, instead: str) -> None:
+    """Raise a TypeError that says what to do instead, if the config is not one of RandLoRA."""
+    if isinstance(config, AdaLoraConfig):
+        raise TypeError(f"the adapter is one of AdaLoRA, this is for RandLoRA: {instead}")
+
+
+def refuse_unsupported(config: AdapterConfig) -> None:
     """Raise a ValueError if the config asks for what only the torch stack trains."""
     for name, only in {"bias": "none", "modules_to_save": None}.items():
         if getattr(config, name) != only:
@@ -86,7 +100,7 @@ def _without_dropout(found: Kernels, modules: Iterable[str], with_dropout: Colle
     ]
 
 
-def select_weights(config: RandLoraConfig, found: Kernels) -> dict[str, tuple[int, int]]:
+def select_weights(config: AdapterConfig, found: Kernels) -> dict[str, tuple[int, int]]:
     """(out, in) of the weights that the config selects, by their names in adapter files.
 
     A kernel whose layout gives `modules` is selected by them, weight by weight; any other by its path, as a whole.
@@ -120,7 +134,7 @@ def select_weights(config: RandLoraConfig, found: Kernels) -> dict[str, tuple[in
     return {module: shapes[module] for target in targets for module in weights[target]}
 
 
-def _resolve(config: RandLoraConfig, weights: Mapping[str, list[str]], found: Kernels) -> tuple[str, ...]:
+def _resolve(config: AdapterConfig, weights: Mapping[str, list[str]], found: Kernels) -> tuple[str, ...]:
     """Which names of `weights` the config means."""
     heads = [name for name in weights if name.rsplit(".", 1)[-1] in OUTPUT_LAYERS]
     # The module of a refused parameter is meant by its name, too: "embed" for "embed.embedding".
@@ -128,7 +142,7 @@ def _resolve(config: RandLoraConfig, weights: Mapping[str, list[str]], found: Ke
     return resolve_targets(config, list(weights), output_layers=heads, other_modules=owners | found.refused)
 
 
-def _in_file_names(config: RandLoraConfig, shapes: Mapping[str, Any]) -> RandLoraConfig:
+def _in_file_names(config: AdapterConfig, shapes: Mapping[str, Any]) -> AdapterConfig:
     """The config with targets by which other stacks find the same weights, where its own would not say them."""
     if config.target_modules == "all-linear":
         return config
@@ -151,7 +165,7 @@ def _layout_hint(unclear: list[str]) -> str:
 
 def on_kernels(
     adapter: Adapter, found: Kernels, *, dtype: DTypeLike | None = None, with_dropout: Collection[str] = ()
-) -> RandLoraAdapter:
+) -> AnyAdapter:
     """An adapter of the hub on the kernels of a model: checked against their shapes, their layouts recorded.
 
     Args:
@@ -164,12 +178,8 @@ def on_kernels(
         AdapterFormatError: a kernel is missing or has another shape.
         ValueError: two kernels give the same name in `Layout.modules`.
     """
-    if adapter.config.randlora_dropout and _without_dropout(found, adapter.factors, with_dropout):
-        warnings.warn(
-            f"randlora_dropout={adapter.config.randlora_dropout} has no effect in this stack, except in RandLoraLinear"
-            " layers. Training goes on without it; dataclasses.replace(config, randlora_dropout=0.0) silences this.",
-            stacklevel=3,
-        )
+    if adapter.config.dropout and _without_dropout(found, adapter.factors, with_dropout):
+        warnings.warn(_no_dropout(adapter.config), stacklevel=3)
     shapes: dict[str, tuple[int, int]] = {}
     for name, kernel in found.kernels.items():
         for module in kernel.modules(name).values():
@@ -181,7 +191,8 @@ def on_kernels(
     except AdapterFormatError as error:
         hint = _layout_hint(found.unclear)
         raise AdapterFormatError(f"{error}\n{hint.strip()}" if hint else str(error)) from error
-    on_device = RandLoraAdapter.from_interop(bound)
+    kind = AdaLoraAdapter if isinstance(bound.config, AdaLoraConfig) else RandLoraAdapter
+    on_device = kind.from_interop(bound)
     factors, layouts = _stack_weights(on_device.factors, found.kernels)
     return dataclasses.replace(
         on_device,
@@ -192,9 +203,18 @@ def on_kernels(
     )
 
 
+def _no_dropout(config: AdapterConfig) -> str:
+    ours = isinstance(config, AdaLoraConfig)
+    field, where = ("lora_dropout", "") if ours else ("randlora_dropout", ", except in RandLoraLinear layers")
+    return (
+        f"{field}={config.dropout} has no effect in this stack{where}. Training goes on without it;"
+        f" dataclasses.replace(config, {field}=0.0) silences this."
+    )
+
+
 def _stack_weights(
-    weights: Mapping[str, Factors], kernels: Mapping[str, Kernel]
-) -> tuple[dict[str, Factors], dict[str, Layout]]:
+    weights: Mapping[str, AnyFactors], kernels: Mapping[str, Kernel]
+) -> tuple[dict[str, AnyFactors], dict[str, Layout]]:
     """Factors and layouts by kernel, from factors by weight; a weight that has none gets no name in the layout."""
     factors, layouts = {}, {}
     for name, kernel in sorted(kernels.items()):
@@ -205,12 +225,19 @@ def _stack_weights(
         layout, pairs = kernel.layout, [weights[module] for module in adapted.values()]
         factors[name] = pairs[0]
         if layout.stack_axes:
-            factors[name] = Factors(*(jnp.stack(parts) for parts in zip(*pairs, strict=True)))
+            factors[name] = _stack(pairs)
             count = len(layout.module_names(name, kernel.kernel_shape))
             if len(adapted) < count:
                 layout = dataclasses.replace(layout, modules=tuple(map(adapted.get, range(count))))
         layouts[name] = layout
     return factors, layouts
+
+
+def _stack(weights: list[AnyFactors]) -> AnyFactors:
+    """The factors of several weights, in arrays with an axis over the weights."""
+    if isinstance(weights[0], SVDFactors):
+        return stack_triplets(weights)
+    return Factors(*(jnp.stack(parts) for parts in zip(*weights, strict=True)))
 
 
 def _rng_from_key(key: jax.Array | None) -> np.random.Generator | None:

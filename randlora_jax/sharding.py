@@ -1,7 +1,8 @@
-"""Where an adapter lies on a mesh: partition specs for lambda, gamma and the bases, derived from the kernels' own.
+"""Where an adapter lies on a mesh: partition specs for its factors and bases, derived from the kernels' own.
 
 gamma's columns follow the short side of its kernel. B is sharded by rows, over those mesh axes of the kernels' long
-sides that divide it most. lambda and A are small and replicated. Optimizer states follow lambda and gamma.
+sides that divide it most. lambda and A are small and replicated. Of AdaLoRA, A's columns follow the inputs of its
+kernel, B's rows the outputs, and E is replicated. Optimizer states follow the factors.
 """
 
 import collections
@@ -13,17 +14,20 @@ from typing import Any, TypeVar
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from interop.adalora import SVDFactors
 from interop.adapter import Factors
 from interop.bases import Bases
+from randlora_jax.adalora_adapter import AdaLoraAdapter
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.kernels import named_leaves
 from randlora_jax.layouts import IN_OUT, Layout, module_name
 
 Tree = TypeVar("Tree")
+AdapterOfKind = TypeVar("AdapterOfKind", RandLoraAdapter, AdaLoraAdapter)
 MeshAxes = tuple[str, ...]
 
 
-def adapter_specs(adapter: RandLoraAdapter, specs: Mapping[str, PartitionSpec], mesh: Mesh) -> RandLoraAdapter:
+def adapter_specs(adapter: AdapterOfKind, specs: Mapping[str, PartitionSpec], mesh: Mesh) -> AdapterOfKind:
     """The adapter with a `PartitionSpec` in place of each array.
 
     An array whose axis the mesh does not divide evenly is replicated along it.
@@ -42,17 +46,24 @@ def adapter_specs(adapter: RandLoraAdapter, specs: Mapping[str, PartitionSpec], 
     factors, long_sides = {}, collections.Counter()
     for name, shape in adapter.shapes:
         out, inp = _mesh_axes(specs.get(name, PartitionSpec()), layouts.get(name, IN_OUT))
+        if isinstance(adapter.factors[name], SVDFactors):
+            factors[name] = _triplet_specs(
+                adapter.factors[name], _even(out, shape[0], mesh), _even(inp, shape[1], mesh)
+            )
+            continue
         long, short = (out, inp) if shape[0] >= shape[1] else (inp, out)
         gamma, stacked = adapter.factors[name].gamma, adapter.factors[name].lam.ndim - 2
         columns = _even(short, gamma.shape[-1], mesh)
         factors[name] = Factors(PartitionSpec(), PartitionSpec(*[None] * (stacked + 1), columns))
         long_sides[_even(long, adapter.bases.B.shape[0], mesh)] += 1
+    if adapter.bases is None:
+        return dataclasses.replace(adapter, factors=factors)
     del long_sides[None]
     rows = max(long_sides, key=lambda axes: (_devices(axes, mesh), long_sides[axes]), default=None)
     return dataclasses.replace(adapter, factors=factors, bases=Bases(PartitionSpec(), PartitionSpec(rows)))
 
 
-def adapter_shardings(adapter: RandLoraAdapter, params: Any) -> RandLoraAdapter | None:
+def adapter_shardings(adapter: AdapterOfKind, params: Any) -> AdapterOfKind | None:
     """The adapter with a `NamedSharding` in place of each array, to go with the shardings that its kernels have.
 
     `jax.device_put(adapter, shardings)` places the adapter; `shardings.trainable` is what a training step's
@@ -67,7 +78,7 @@ def adapter_shardings(adapter: RandLoraAdapter, params: Any) -> RandLoraAdapter 
     return _shardings(adapter, named_leaves(params))
 
 
-def like_kernels(adapter: RandLoraAdapter, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> RandLoraAdapter:
+def like_kernels(adapter: AdapterOfKind, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> AdapterOfKind:
     """The adapter on the mesh of the parameters, given as paths and leaves; as it is if they lie on one device."""
     shardings = _shardings(adapter, leaves)
     return adapter if shardings is None else jax.device_put(adapter, shardings)
@@ -95,7 +106,12 @@ def pin(tree: Tree, shardings: Tree) -> Tree:
     return jax.tree.map(place, tree, shardings, is_leaf=lambda leaf: leaf is None)
 
 
-def _shardings(adapter: RandLoraAdapter, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> RandLoraAdapter | None:
+def _triplet_specs(factors: SVDFactors, out: MeshAxes | None, inp: MeshAxes | None) -> SVDFactors:
+    stacked = [None] * (factors.E.ndim - 2)
+    return SVDFactors(PartitionSpec(*stacked, None, inp), PartitionSpec(), PartitionSpec(*stacked, out, None))
+
+
+def _shardings(adapter: AdapterOfKind, leaves: Iterable[tuple[tuple[str, ...], Any]]) -> AdapterOfKind | None:
     named = {module_name(parts): getattr(leaf, "sharding", None) for parts, leaf in leaves}
     spread = {
         name: sharding

@@ -10,25 +10,24 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from interop.adapter import Factors
-from randlora_jax.adapter import RandLoraAdapter
-from randlora_jax.kernels import named_leaves
+from randlora_jax.kernels import AnyFactors, named_leaves
 from randlora_jax.layouts import module_name, path_parts
 from randlora_jax.params import effective_params
 from randlora_jax.quantized import dequantize, is_quantized
+from randlora_jax.selection import AnyAdapter
 
 Loss = Callable[[Any, Any], Any]
 
 
 def accumulate_gradients(
     loss: Loss,
-    adapter: RandLoraAdapter,
+    adapter: AnyAdapter,
     params: Any,
     batches: Any,
     *,
     reduction: Literal["mean", "sum"] = "mean",
     has_aux: bool = False,
-) -> tuple[Any, dict[str, Factors]]:
+) -> tuple[Any, dict[str, AnyFactors]]:
     """Loss and gradient of `adapter.trainable` over micro-batches, equal to those over the large batch.
 
     Call it inside jit, and give the gradients to optax. Beyond the model's own memory it takes one float32 copy of the
@@ -56,7 +55,7 @@ def accumulate_gradients(
     adapted = {name: leaf for name, leaf in _named(params) if name in adapter.factors}
     wide = _replace(params, {name: _widened(leaf) for name, leaf in adapted.items()})
 
-    def kernels_of(trainable: dict[str, Factors]) -> dict[str, jax.Array]:
+    def kernels_of(trainable: dict[str, AnyFactors]) -> dict[str, jax.Array]:
         effective = dict(_named(effective_params(wide, adapter.with_trainable(trainable))))
         return {name: effective[name] for name in adapted}
 

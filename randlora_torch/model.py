@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -87,11 +88,12 @@ class AdaLoraModel(_Attaches, AdapterModel):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model. In training, `orthogonal_loss` is added to the loss of its output, if that has one.
 
-        A model that returns a tuple, or no loss, leaves this to the training loop.
+        A model that returns a tuple, or no loss, leaves this to the training loop. Where the Trainer gives
+        `num_items_in_batch`, a micro-batch gets its share, so that all of a step's together get it once.
         """
         output = super().__call__(*args, **kwargs)
         if self.training and torch.is_grad_enabled() and isinstance(getattr(output, "loss", None), Tensor):
-            output.loss = output.loss + self.orthogonal_loss().to(output.loss)
+            output.loss = output.loss + _share_of_step(kwargs) * self.orthogonal_loss().to(output.loss)
         return output
 
     def orthogonal_loss(self) -> Tensor:
@@ -189,6 +191,15 @@ class AdaLoraModel(_Attaches, AdapterModel):
     def _in_training(self) -> list[str]:
         active = () if self._randlora.disabled else self._randlora.active
         return [name for name in active if self._trains(name)]
+
+
+def _share_of_step(inputs: Mapping[str, Any]) -> Tensor | float:
+    """How much of an optimizer step's loss a micro-batch is, by its labels, if the step's number of them is known."""
+    labels, total = inputs.get("labels"), inputs.get("num_items_in_batch")
+    if labels is None or total is None:
+        return 1.0
+    counted = labels[..., 1:] if labels.dim() > 1 else labels  # the first token of a text is not predicted
+    return counted.ne(-100).sum() / total
 
 
 class _Generates:

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import interop
-from tests.examples.running import assert_is_short, assert_tells_the_last_line, run
+from tests.examples.running import EXAMPLES, assert_is_short, assert_tells_the_last_line, run
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,29 @@ def test_adapters_are_served_on_a_base_in_4_bits_that_the_example_trained_itself
     served(tmp_path, "--nf4")
 
 
-@pytest.mark.parametrize("name", ["sft_4bit.py", "serve_adapters.py"])
+def allocated(out, *arguments):
+    lines = run("adalora_4bit.py", "--out", out, *arguments)
+    assert lines[-1] == f"the reloaded adapter gives the same logits; it is in {out / 'adapter'}"
+    assert_tells_the_last_line("adalora_4bit.py", lines[-1], out)
+    adapter = interop.load(out / "adapter")
+    ranks = {name: len(factors.E) for name, factors in adapter.factors.items()}
+    assert len(ranks) == 28
+    assert sum(ranks.values()) == 4 * 28
+    assert len(set(ranks.values())) > 3
+    shown = dict(re.findall(r"^  (\S+) +(\d+) #*$", "\n".join(lines), re.MULTILINE))
+    assert {name: int(rank) for name, rank in shown.items()} == ranks
+    assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_adalora_takes_ranks_from_a_4_bit_model_and_draws_what_is_left(tuned, tmp_path):
+    allocated(tmp_path, "--model", tuned[0] / "base_model", "--text", EXAMPLES)
+
+
+@pytest.mark.slow
+def test_adalora_in_4_bits_on_a_base_that_the_example_trained_itself(tmp_path):
+    allocated(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sft_4bit.py", "serve_adapters.py", "adalora_4bit.py"])
 def test_an_example_is_short_and_has_few_options(name):
     assert_is_short(name)

@@ -359,8 +359,16 @@ def test_forgetting_to_allocate_is_said_when_the_trained_adapter_is_saved(tmp_pa
 
 def trainer(model, out, steps=12, **options):
     rows = [{"input_ids": row, "labels": row} for row in TOKENS] * 3
-    common = {"per_device_train_batch_size": 2, "learning_rate": 3e-2, "report_to": "none", "disable_tqdm": True}
-    given = {"max_steps": steps, "save_strategy": "steps", "save_steps": 4, "use_cpu": True, **common, **options}
+    common = {"learning_rate": 3e-2, "report_to": "none", "disable_tqdm": True}
+    given = {
+        "per_device_train_batch_size": 2,
+        "max_steps": steps,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "use_cpu": True,
+        **common,
+        **options,
+    }
     arguments = TrainingArguments(str(out), dataloader_pin_memory=False, **given)
     return Trainer(model, arguments, train_dataset=rows, callbacks=[AdaLoraCallback()])
 
@@ -396,11 +404,19 @@ def test_a_trainer_follows_the_schedule_and_resumes_to_the_same_bits(tmp_path, l
     assert_equal_adapters(extract(again), extract(model))
 
 
-def test_a_trainer_that_accumulates_gradients_calls_the_allocator_once_per_step(tmp_path):
-    model = adapted_llama()
-    trainer(model, tmp_path, gradient_accumulation_steps=2, save_strategy="no").train()
-    assert model.rankallocator.step == 12
-    assert 0 < sum(model.ranks().values()) <= 4
+def test_a_trainer_that_accumulates_gradients_does_what_one_with_large_batches_does(tmp_path):
+    common = {"save_strategy": "no", "logging_steps": 1, "max_grad_norm": 0.0, "data_seed": 1}
+    found = []
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        model = adapted_llama(orth_reg_weight=2.0)
+        options = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulate}
+        run = trainer(model, tmp_path, **options, **common)
+        run.train()
+        assert model.rankallocator.step == 12
+        assert 0 < sum(model.ranks().values()) <= 4
+        found.append([float(entry["loss"]) for entry in run.state.log_history if "loss" in entry])
+    for losses in found[1:]:
+        np.testing.assert_allclose(losses, found[0], rtol=1e-3)
 
 
 def test_a_callback_without_its_model_or_its_time_is_refused(tmp_path):

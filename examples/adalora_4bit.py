@@ -1,0 +1,149 @@
+"""AdaLoRA on a 4-bit model: all layers start with rank 12, training takes it where it matters least; see what is left.
+
+Run `python examples/adalora_4bit.py [--model FOLDER] [--text FILE_OR_FOLDER]`. A model of the standard library's
+docstrings learns to write its source code. Without --model, a small byte-level Llama is trained first. About four
+minutes on two CPU cores; `ranks.png` shows the rank of each layer, and the last line is
+
+    the reloaded adapter gives the same logits; it is in runs/adalora_4bit/adapter
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import base_model
+import numpy as np
+import text
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+
+from randlora_torch import AdaLoraCallback, AdaLoraConfig, get_peft_model, load_adapter
+
+LENGTH, HELD_OUT = 256, 32  # tokens of an example; examples to evaluate on
+INIT_R, TARGET_R = 12, 4  # the rank of each layer at first, and on average in the end
+
+
+def main() -> None:
+    """Train, print and draw the ranks, save, reload, check."""
+    options = parse_arguments()
+    out = Path(options.out)
+    folder = Path(options.model) if options.model else out / "base_model"
+    if not options.model:
+        base_model.train_base(folder, steps=options.base_steps)
+    training, held_out = load_examples(folder, options)
+
+    config = AdaLoraConfig(
+        init_r=INIT_R,
+        target_r=TARGET_R,
+        total_step=options.steps,
+        tinit=options.steps // 10,  # a while with all ranks, to learn what matters
+        tfinal=options.steps // 3,  # and a while with those that are left
+        lora_alpha=2 * INIT_R,
+        orth_reg_weight=0.1,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(load_4bit(folder), config)
+    model.print_trainable_parameters()
+    trainer = Trainer(model, training_arguments(out, options), None, training, held_out, callbacks=[AdaLoraCallback()])
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    print(f"held-out loss: {before:.3f} before, {trainer.evaluate()['eval_loss']:.3f} after")
+    show_ranks(model.ranks(), out / "ranks.png")
+    trainer.save_model(out / "adapter")  # the ranks that are left; PEFT reads it, too
+
+    again = load_adapter(load_4bit(folder), out / "adapter")
+    if not torch.allclose(logits(again, held_out), logits(model, held_out), atol=1e-3):
+        sys.exit("the reloaded adapter gives other logits")
+    print(f"the reloaded adapter gives the same logits; it is in {out / 'adapter'}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; `--smoke` makes every part a few steps long."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder of a causal language model (default: train a small one)")
+    parser.add_argument("--text", help="text file or folder to learn from (default: the standard library's code)")
+    parser.add_argument("--out", default="runs/adalora_4bit", help="where to write (default: %(default)s)")
+    parser.add_argument("--base-steps", type=int, default=base_model.STEPS, help="steps of the base model")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the fine-tuning (default: %(default)s)")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
+    options = parser.parse_args()
+    if options.smoke:
+        options.base_steps, options.steps = 4, 6
+    return options
+
+
+def load_4bit(folder: Path) -> torch.nn.Module:
+    """The base in NF4 with double quantization, on the GPU if there is one."""
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    quantization = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=quantization, device_map=device)
+
+
+def load_examples(folder: Path, options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Random crops of the text to train on, and of its last tenth to evaluate on."""
+    data = text.read_text(options.text) if options.text else text.source_code()
+    tokens = text.to_tokens(data)
+    if any(folder.glob("tokenizer*")):
+        tokens = np.asarray(AutoTokenizer.from_pretrained(folder)(data.decode(errors="ignore"))["input_ids"])
+    training, held_out = text.split(tokens)
+    return crops(training, 4 * options.steps), crops(held_out, 4 if options.smoke else HELD_OUT)
+
+
+def crops(tokens: np.ndarray, count: int) -> list[dict]:
+    """Examples for the Trainer; labels are the inputs, which the model shifts by one."""
+    rows = next(text.batches(tokens, batch_size=count, length=LENGTH - 1, seed=0))
+    return [{"input_ids": row, "labels": row} for row in torch.from_numpy(rows).long()]
+
+
+def training_arguments(out: Path, options: argparse.Namespace) -> TrainingArguments:
+    """Two checkpoints; training resumes from them exactly, allocator and all."""
+    return TrainingArguments(
+        out / "checkpoints",
+        max_steps=options.steps,
+        per_device_train_batch_size=4,
+        learning_rate=5e-3,
+        lr_scheduler_type="cosine",
+        save_steps=0.5,
+        logging_steps=0.1,
+        disable_tqdm=not sys.stderr.isatty(),  # then the Trainer prints its log instead
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to="none",
+    )
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, examples: list[dict]) -> torch.Tensor:
+    """What the model says to one batch."""
+    return model.eval()(torch.stack([example["input_ids"] for example in examples[:4]]).to(model.device)).logits
+
+
+def show_ranks(ranks: dict[str, int], file: Path) -> None:
+    """The layers by rank; and a map with a column per block and a row per projection, if matplotlib is there."""
+    print(f"rank left of {INIT_R} in each layer, {sum(ranks.values()) / len(ranks):.1f} on average:")
+    for name, rank in sorted(ranks.items(), key=lambda item: -item[1]):
+        print(f"  {name:<{max(map(len, ranks))}}  {rank:>3} {'#' * rank}")
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    from matplotlib.figure import Figure
+
+    blocks = sorted({int(name.split(".layers.")[1].split(".")[0]) for name in ranks})
+    projections = list(dict.fromkeys(name.rsplit(".", 1)[1] for name in ranks))
+    grid = np.zeros((len(projections), len(blocks)))
+    for name, rank in ranks.items():
+        grid[projections.index(name.rsplit(".", 1)[1]), int(name.split(".layers.")[1].split(".")[0])] = rank
+    figure = Figure(figsize=(2.5 + 0.6 * len(blocks), 1.6 + 0.4 * len(projections)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=INIT_R, aspect="auto")
+    for (y, x), rank in np.ndenumerate(grid):
+        axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color="white" if rank < INIT_R / 2 else "black")
+    axes.set(xlabel="block of the model", xticks=blocks, title=f"Rank that AdaLoRA left each layer, of {INIT_R}")
+    axes.set_yticks(range(len(projections)), projections)
+    figure.colorbar(image, label="rank")
+    figure.savefig(file, dpi=150)
+
+
+if __name__ == "__main__":
+    main()
