@@ -5,6 +5,7 @@ update, so that the triplets that are taken away have E = 0 exactly once the upd
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -105,7 +106,9 @@ def rank_allocator(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def smooth(average: Array, uncertainty: Array, value: Array, grad: Array, config: AdaLoraConfig) -> tuple[Array, Array]:
+def smooth(
+    average: Array, uncertainty: Array, value: Array, grad: Array, *, config: AdaLoraConfig
+) -> tuple[Array, Array]:
     """The moving averages of one array, as in `Importance`, after a step in which it got this value by this gradient.
 
     `I = |value * grad|`, `average = beta1 average + (1 - beta1) I`, and the same of `|I - average|` with beta2.
@@ -192,27 +195,28 @@ class _Plan:
 
     def measure(self, state: RankAllocatorState, params: Trainable, grads: Trainable) -> Importance:
         """The moving averages after the next step, or as they were if nothing is measured in it."""
+        before = Importance(state.exp_avg_ipt, state.exp_avg_unc)
+
+        def measured() -> Importance:
+            smoothed = functools.partial(smooth, config=self.config)
+            pairs = jax.tree.map(smoothed, *before, params, grads)
+            return Importance(*jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), pairs))
+
         finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(grads)]).all()
-        measured = is_measured(self.config, state.step + 1) & finite
-
-        def next_averages(average: Array, uncertainty: Array, value: Array, grad: Array) -> Any:
-            smoothed = smooth(average, uncertainty, value, grad, self.config)
-            return jax.tree.map(lambda new, old: jnp.where(measured, new, old), smoothed, (average, uncertainty))
-
-        pairs = jax.tree.map(next_averages, state.exp_avg_ipt, state.exp_avg_unc, params, grads)
-        return Importance(*jax.tree.transpose(jax.tree.structure(params), jax.tree.structure((0, 0)), pairs))
+        # With `where`, XLA would copy the check of all gradients into the program of each array, and take minutes.
+        return jax.lax.cond(is_measured(self.config, state.step + 1) & finite, measured, lambda: before)
 
     def allocate(self, state: RankAllocatorState, importance: Importance) -> dict[str, Array]:
         """The mask after the next step: a new one where the schedule says so."""
         step = state.step + 1
-        excess = jnp.asarray(self.excess)[jnp.clip(step, 0, len(self.excess) - 1)]
-        scores = {
-            name: triplet_scores(average, importance.exp_avg_unc[name])
-            for name, average in importance.exp_avg_ipt.items()
-        }
-        due = is_allocated(self.config, step)
-        new = keep_mask(scores, self.present, excess)
-        return {name: jnp.where(due, new[name], mask) for name, mask in state.mask.items()}
+
+        def chosen() -> dict[str, Array]:
+            excess = jnp.asarray(self.excess)[jnp.clip(step, 0, len(self.excess) - 1)]
+            averages, uncertainties = importance
+            scores = {name: triplet_scores(average, uncertainties[name]) for name, average in averages.items()}
+            return keep_mask(scores, self.present, excess)
+
+        return jax.lax.cond(is_allocated(self.config, step), chosen, lambda: state.mask)
 
 
 def _widened(array: Array, dtype: np.dtype) -> Array:

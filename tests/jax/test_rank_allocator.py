@@ -231,7 +231,7 @@ def test_importance_is_measured_in_float32_and_masked_triplets_are_exactly_zero_
 def test_one_array_is_smoothed_as_by_the_oracle(rng):
     arrays = [np.abs(rng.standard_normal((4, 5))) for _ in range(2)] + [rng.standard_normal((4, 5)) for _ in range(2)]
     wanted = config(beta1=0.7, beta2=0.9)
-    got = smooth(*(jnp.asarray(part, jnp.float32) for part in arrays), wanted)
+    got = smooth(*(jnp.asarray(part, jnp.float32) for part in arrays), config=wanted)
     want = adalora_oracle.smooth(*arrays, beta1=0.7, beta2=0.9)
     chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-7)
 
