@@ -118,7 +118,7 @@ class AdaLoraConfig(AdapterConfig):
             ValueError: `total_step` is None.
         """
         if self.total_step is None:
-            self._require("total_step", False, "set it to the number of optimizer steps of the training.")
+            raise ValueError("total_step=None: set it to the number of optimizer steps of the training.")
         return self.total_step - self.tfinal
 
     def require_schedule(self) -> None:
@@ -193,7 +193,7 @@ def _normalized(pattern: Any) -> dict[str, tuple[bool, ...]] | None:
     found = {}
     for key, mask in pattern.items():
         match = _PATTERN_KEY.fullmatch(key) if isinstance(key, str) else None
-        values = tuple(mask.tolist() if hasattr(mask, "tolist") else mask) if isinstance(mask, Iterable) else (None,)
+        values = tuple(getattr(mask, "tolist", lambda mask=mask: mask)()) if isinstance(mask, Iterable) else (None,)
         if match is None or not all(isinstance(value, bool | np.bool_) for value in values):
             raise TypeError(
                 f"rank_pattern: {key!r}: {mask!r} is not the name of a lora_E with a list of True or False."

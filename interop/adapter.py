@@ -14,6 +14,7 @@ from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.bases import BFLOAT16, DEFAULT_RECIPE, FLOAT16, Bases, make_bases
 from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
+from interop.fields import AdapterConfig
 from interop.shapes import bases_shapes, factor_shapes, num_bases, shared_dims
 
 FLOAT_DTYPES = (np.dtype(np.float32), BFLOAT16, FLOAT16)  # what factors and bases may be stored in
@@ -46,8 +47,8 @@ class Adapter:
         AdapterFormatError: the parts do not fit together; every misfit is listed.
     """
 
-    config: RandLoraConfig | AdaLoraConfig
-    factors: Mapping[str, Factors] | Mapping[str, SVDFactors]
+    config: Any  # RandLoraConfig or AdaLoraConfig
+    factors: Mapping[str, Any]  # Factors or SVDFactors
     bases: Bases | None = None
     recipe: str | None = None
     shapes: Mapping[str, tuple[int, int]] | None = None
@@ -138,7 +139,7 @@ class Adapter:
         return bound
 
 
-def factors_kind(config: RandLoraConfig | AdaLoraConfig) -> type[Factors] | type[SVDFactors]:
+def factors_kind(config: AdapterConfig) -> type[Factors] | type[SVDFactors]:
     """What holds the trainable part of one layer."""
     return SVDFactors if isinstance(config, AdaLoraConfig) else Factors
 

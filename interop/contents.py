@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from interop.adalora import AdaLoraConfig, SVDFactors
+from interop.adalora import SVDFactors
 from interop.adapter import Adapter, Factors, factors_kind
 from interop.bases import Bases
-from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
+from interop.fields import AdapterConfig
 from interop.targets import EMBEDDINGS, in_modules
 from interop.tensorfile import DTYPES
 
@@ -30,7 +30,7 @@ _KEY = re.compile(r"(?s)base_model\.(?:model\.(?P<module>.+)\.)?(?P<part>[^.]+)"
 class Contents(NamedTuple):
     """The tensors of a file, sorted."""
 
-    factors: dict[str, Factors] | dict[str, SVDFactors]
+    factors: dict[str, Any]  # Factors or SVDFactors
     bases: Bases | None
     saved_weights: dict[str, np.ndarray]
 
@@ -47,7 +47,7 @@ def to_tensors(adapter: Adapter, *, with_bases: bool) -> dict[str, np.ndarray]:
     return tensors
 
 
-def read_tensors(path: Path, file: Any, config: RandLoraConfig | AdaLoraConfig) -> Contents:
+def read_tensors(path: Path, file: Any, config: AdapterConfig) -> Contents:
     """Sort the tensors of an open safetensors file into factors, one copy of the bases, and what else there may be.
 
     Raises:
@@ -62,7 +62,7 @@ def read_tensors(path: Path, file: Any, config: RandLoraConfig | AdaLoraConfig) 
     problems: list[str] = []
     for key in file.keys():
         code, match = file.get_slice(key).get_dtype(), _KEY.fullmatch(key)
-        module, part = (match["module"], match["part"]) if match else (None, None)
+        module, part = (match["module"], match["part"]) if match else (None, "")
         if code not in DTYPES:
             problems.append(f"{key}: dtype {code} is not one of {sorted(DTYPES)}")
         elif part in bases:
@@ -95,7 +95,7 @@ def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
 
 
-def _accounted_for(key: str, config: RandLoraConfig | AdaLoraConfig) -> bool:
+def _accounted_for(key: str, config: AdapterConfig) -> bool:
     """Whether a tensor that is not the method's own is one that PEFT saves for this config."""
     *path, last = key.removeprefix("base_model.model.").replace(".base_layer.", ".").split(".")
     if (config.bias != "none" and last == "bias") or (path and path[-1] in EMBEDDINGS):

@@ -25,7 +25,6 @@ from interop.bases import (
     make_bases,
     recipe_gives_A,
 )
-from interop.config import RandLoraConfig
 from interop.contents import Contents, read_tensors, to_tensors
 from interop.errors import AdapterFormatError
 from interop.fields import AdapterConfig
@@ -115,14 +114,14 @@ def _saves_bases(adapter: Adapter) -> bool:
     return config.save_projection
 
 
-def _config_on_disk(adapter: Adapter) -> RandLoraConfig | AdaLoraConfig:
+def _config_on_disk(adapter: Adapter) -> AdapterConfig:
     config = dataclasses.replace(adapter.config, inference_mode=True)  # as PEFT does: a file is for inference first
     if config.exclude_modules is None and str(config.target_modules).lower() != "all-linear":
         return config
     return config.with_targets(adapter.modules)
 
 
-def _parse_config(file: ConfigFile) -> RandLoraConfig | AdaLoraConfig:
+def _parse_config(file: ConfigFile) -> AdapterConfig:
     try:
         fields = json.loads(file.content.decode("utf-8-sig"))
         if not isinstance(fields, dict):
@@ -175,7 +174,7 @@ def _notes(adapter: Adapter) -> dict[str, Any]:
 
 def _assemble(
     path: Path,
-    config: RandLoraConfig | AdaLoraConfig,
+    config: Any,
     contents: Contents,
     notes: dict[str, Any],
     recipe: str | None,

@@ -5,9 +5,12 @@ import json
 import warnings
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import ml_dtypes
 import models
 import numpy as np
+import optax
 import oracle
 import peft
 import pytest
@@ -20,9 +23,13 @@ from safetensors.numpy import load_file
 from strategies import draw_adalora, schedules
 from tolerances import TOLERANCE
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+import randlora_jax
+import randlora_torch
 from interop import AdaLoraConfig, load, save
 from interop.schedule import budgets, is_allocated, is_measured
+from randlora_jax import Layout, adalora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SCHEDULE = {"init_r": 4, "target_r": 1, "tinit": 2, "tfinal": 2, "total_step": 8, "lora_alpha": 3}
@@ -191,6 +198,71 @@ def test_peft_writes_our_folder_again_as_it_was(trained, tmp_path):
     ours, theirs = (load(tmp_path / name).config for name in ("ours", "theirs"))
     assert dataclasses.replace(theirs, target_modules=None) == dataclasses.replace(ours, target_modules=None)
     assert set(theirs.target_modules) == set(ours.target_modules)
+
+
+def kernels(model):
+    """A torch model's layers as a pytree of flax's kernels, and the layouts of the convolutions among them."""
+    params, layouts = {}, {}
+    for name, layer in model.named_modules():
+        weight = getattr(layer, "weight", None)
+        if isinstance(layer, nn.Conv2d):
+            params[name] = {"kernel": jnp.asarray(weight.detach().numpy().transpose(2, 3, 1, 0))}  # (h, w, in, out)
+            layouts[name] = Layout((2, 0, 1), (3,))
+        elif isinstance(layer, nn.Linear | Conv1D):
+            matrix = weight.detach().numpy()
+            params[name] = {"kernel": jnp.asarray(matrix if isinstance(layer, Conv1D) else matrix.T)}
+    return params, layouts
+
+
+def test_both_stacks_compute_what_peft_does_from_its_folder_and_save_it_as_it_was(trained, tmp_path):
+    model = randlora_torch.load_adapter(trained.case.make(), trained.folder).eval()
+    want, base = with_adapter_and_without(reloaded(trained.case, trained.folder))
+    got, without = with_adapter_and_without(model)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+    np.testing.assert_array_equal(without, base)
+    model.save_pretrained(tmp_path / "torch")
+    params, layouts = kernels(trained.case.make())
+    adapter = randlora_jax.load_adapter(trained.folder, params, layouts=layouts)
+    effective = randlora_jax.merge(params, adapter)
+    model.merge_adapter()
+    merged, _ = kernels(model.merge_and_unload())
+    for name in adapter.modules:
+        np.testing.assert_allclose(effective[name]["kernel"], merged[name]["kernel"], rtol=1e-5, atol=1e-6)
+    adapter.save_pretrained(tmp_path / "jax")
+    for stack in ("torch", "jax"):
+        assert_same_tensors(trained.folder, tmp_path / stack)
+        assert (tmp_path / stack / CONFIG).read_text() == (trained.folder / CONFIG).read_text()
+    assert (tmp_path / "jax" / WEIGHTS).read_bytes() == (tmp_path / "torch" / WEIGHTS).read_bytes()
+
+
+@pytest.mark.parametrize("case", ["mlp", "conv"])
+def test_an_adapter_trained_in_jax_is_read_by_peft_and_torch_to_the_same_update(case, tmp_path):
+    base = CASES[case].make()
+    params, layouts = kernels(base)
+    config = AdaLoraConfig(**SCHEDULE, target_modules=tuple(params))
+    adapter = adalora.init(config, params, layouts=layouts, key=jax.random.key(0))
+    optimizer = adalora.rank_allocator(optax.adam(1e-1), adapter)
+    trainable, state = adapter.trainable, optimizer.init(adapter.trainable)
+    step = jax.jit(jax.grad(lambda t: sum((k["kernel"] ** 2).sum() for k in effective(params, adapter, t))))
+    for _ in range(config.total_step):
+        updates, state = optimizer.update(step(trainable), state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    pruned = adalora.prune(adapter.with_trainable(trainable), state)
+    pruned.save_pretrained(tmp_path / "jax")
+    theirs = reloaded(CASES[case], tmp_path / "jax")
+    assert_same_deltas(load(tmp_path / "jax"), theirs)
+    ours = randlora_torch.load_adapter(CASES[case].make(), tmp_path / "jax").eval()
+    assert 0 < sum(ours.ranks().values()) <= SCHEDULE["target_r"] * len(params)
+    got, without = with_adapter_and_without(ours)
+    np.testing.assert_allclose(got, with_adapter_and_without(theirs)[0], rtol=1e-5, atol=2e-6)
+    assert abs(got - without).max() > 1e-3
+    ours.save_pretrained(tmp_path / "torch")
+    for name in (CONFIG, WEIGHTS):
+        assert (tmp_path / "jax" / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
+
+
+def effective(params, adapter, trainable):
+    return randlora_jax.effective_params(params, adapter.with_trainable(trainable)).values()
 
 
 def shapes_of(case):

@@ -1,12 +1,13 @@
 """bitsandbytes repacks 4-bit weights on AVX512-BF16 CPUs: switching between training and serving loses nothing."""
 
+import dataclasses
 import logging
 
 import pytest
 import torch
 from torch import nn
 
-from interop import RandLoraConfig
+from interop import AdaLoraConfig, RandLoraConfig
 from randlora_torch import get_peft_model, load_adapter
 from tests.torch.conftest import (
     TOKENS,
@@ -22,7 +23,13 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 bnb = pytest.importorskip("randlora_torch.bnb")
 
 KINDS = ["nf4", "fp4-double"]
-TARGETS = {"all layers": "all-linear", "some layers": ["q_proj", "down_proj"]}
+SOME = ["q_proj", "down_proj"]
+SCHEDULE = {"init_r": 4, "target_r": 1, "total_step": 100, "lora_alpha": 16}
+CONFIGS = {
+    "all layers": RandLoraConfig(r=16, randlora_alpha=16, target_modules="all-linear"),
+    "some layers": RandLoraConfig(r=16, randlora_alpha=16, target_modules=SOME),
+    "AdaLoRA": AdaLoraConfig(**SCHEDULE, target_modules=SOME),
+}
 BF16 = torch.bfloat16
 repacks_here = pytest.mark.skipif(
     not bitsandbytes.functional.has_avx512bf16(), reason="bitsandbytes repacks on CPUs with AVX512-BF16 only"
@@ -56,10 +63,10 @@ def train(model, *, evaluate):
     return model
 
 
-def story(folder, tmp_path, kind, targets, *, repack, evaluate):
+def story(folder, tmp_path, kind, config, *, repack, evaluate):
     """What a model computes after training, when merged, unmerged and merged again; and when it is loaded again."""
     fresh = lambda: forced(load_llama(folder, kind, compute=BF16), repack)  # noqa: E731
-    config = RandLoraConfig(r=16, randlora_alpha=16, target_modules=targets)
+    torch.manual_seed(0)
     model = train(forced(get_peft_model(fresh(), config), repack), evaluate=evaluate)
     seen = {"training": output(model.train())}
     model.save_pretrained(tmp_path)
@@ -83,12 +90,12 @@ def story(folder, tmp_path, kind, targets, *, repack, evaluate):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("repack", [False, True])
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("adapter", CONFIGS)
 def test_switching_between_training_and_serving_changes_no_bit_of_what_follows(
-    llama_folder, tmp_path, kind, targets, repack
+    llama_folder, tmp_path, kind, adapter, repack
 ):
-    want = story(llama_folder, tmp_path / "a", kind, TARGETS[targets], repack=False, evaluate=False)
-    got = story(llama_folder, tmp_path / "b", kind, TARGETS[targets], repack=repack, evaluate=True)
+    want = story(llama_folder, tmp_path / "a", kind, CONFIGS[adapter], repack=False, evaluate=False)
+    got = story(llama_folder, tmp_path / "b", kind, CONFIGS[adapter], repack=repack, evaluate=True)
     assert_same(got, want)
     assert_same(got["training"], got["unmerged"])
     assert_same(got["training"], got["loaded"])
@@ -97,9 +104,10 @@ def test_switching_between_training_and_serving_changes_no_bit_of_what_follows(
     assert 0.003 < relative_error(got["merged"], got["training"]) < 0.5
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-def test_gradients_come_through_every_layer_after_an_evaluation(llama_folder, targets):
-    config = RandLoraConfig(r=16, randlora_alpha=16, target_modules=TARGETS[targets], init_weights=False)
+@pytest.mark.parametrize("adapter", CONFIGS)
+def test_gradients_come_through_every_layer_after_an_evaluation(llama_folder, adapter):
+    random = "init_lora_weights" if adapter == "AdaLoRA" else "init_weights"
+    config = dataclasses.replace(CONFIGS[adapter], **{random: False})
     model = get_peft_model(forced(load_llama(llama_folder, "nf4", compute=BF16), True), config)
     gradients = []
     for _ in range(2):
