@@ -136,5 +136,5 @@ def _within(pattern: tuple[bool, ...], rows: Iterable[np.bool_]) -> tuple[bool, 
 
 
 def _placed_like(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The array where the other lies, if that is on a mesh."""
+    """The array where the other lies, if that is on a mesh: XLA may have put it elsewhere."""
     return jax.device_put(array, other.sharding) if isinstance(other.sharding, NamedSharding) else array

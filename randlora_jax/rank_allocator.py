@@ -114,7 +114,7 @@ def smooth(
     `I = |value * grad|`, `average = beta1 average + (1 - beta1) I`, and the same of `|I - average|` with beta2.
     """
     beta1, beta2 = config.beta1, config.beta2
-    importance = jnp.abs(_widened(value, average.dtype) * _widened(grad, average.dtype))
+    importance = jnp.abs(value.astype(average.dtype) * grad.astype(average.dtype))
     average = beta1 * average + (1 - beta1) * importance
     return average, beta2 * uncertainty + (1 - beta2) * jnp.abs(importance - average)
 
@@ -217,13 +217,6 @@ class _Plan:
             return keep_mask(scores, self.present, excess)
 
         return jax.lax.cond(is_allocated(self.config, step), chosen, lambda: state.mask)
-
-
-def _widened(array: Array, dtype: np.dtype) -> Array:
-    """The array in a wider dtype, rounded to its own before, which XLA would skip inside of jit."""
-    kept = jnp.finfo(array.dtype)
-    wide = array.astype(dtype)
-    return wide if kept.bits == jnp.finfo(dtype).bits else jax.lax.reduce_precision(wide, kept.nexp, kept.nmant)
 
 
 def _masked(updates: SVDFactors, params: SVDFactors, kept: Bool[Array, "*weights r"]) -> SVDFactors:

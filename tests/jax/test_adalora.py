@@ -35,6 +35,7 @@ from randlora_jax import (
     print_trainable_parameters,
     unmerge,
 )
+from randlora_jax.kernels import fits_weight
 from randlora_jax.layouts import IN_OUT, OUT_IN
 from randlora_jax.linen import insert_adapter
 from randlora_jax.quantized import dequantize, from_bnb
@@ -298,7 +299,7 @@ class Scanned(linen.Module):
 LAZY_KEPT = {"blocks.up.1": (True, False, True, False), "blocks.down.0": (False,) * 4}
 
 
-@pytest.mark.parametrize("kept", [None, LAZY_KEPT], ids=["whole", "pruned"])
+@pytest.mark.parametrize("kept", [pytest.param(None, marks=pytest.mark.slow), LAZY_KEPT], ids=["whole", "pruned"])
 def test_lazy_params_compute_the_update_inside_scan_and_remat(kept):
     net, x = Scanned(), array(4, 8)
     variables = net.init(jax.random.key(0), x)
@@ -547,6 +548,15 @@ def test_a_loaded_adapter_says_that_its_dropout_has_no_effect():
     hub = draw_adalora(shapes={"up": (12, 6)}, lora_dropout=0.1)
     with pytest.warns(UserWarning, match=r"^lora_dropout=0\.1 has no effect in this stack\. Training goes on without"):
         load_adapter(hub, {"up": {"kernel": array(6, 12)}})
+
+
+def test_factors_belong_to_weights_of_one_shape_only():
+    factors = draw_adalora().factors["block.0.up"]
+    assert fits_weight(factors, (12, 6))
+    for shape in ((6, 12), (12, 7), (11, 6)):
+        assert not fits_weight(factors, shape)
+    assert not fits_weight(factors._replace(E=factors.E[:2]), (12, 6))
+    assert not fits_weight(factors._replace(B=factors.B[:, :2]), (12, 6))
 
 
 def test_kernels_of_another_shape_are_refused():
