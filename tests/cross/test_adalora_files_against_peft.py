@@ -243,10 +243,18 @@ def test_an_adapter_trained_in_jax_is_read_by_peft_and_torch_to_the_same_update(
     adapter = adalora.init(config, params, layouts=layouts, key=jax.random.key(0))
     optimizer = adalora.rank_allocator(optax.adam(1e-1), adapter)
     trainable, state = adapter.trainable, optimizer.init(adapter.trainable)
-    step = jax.jit(jax.grad(lambda t: sum((k["kernel"] ** 2).sum() for k in effective(params, adapter, t))))
+
+    @jax.jit
+    def step(trainable, state):
+        def loss(trainable):
+            now = randlora_jax.effective_params(params, adapter.with_trainable(trainable))
+            return sum((kernel["kernel"] ** 2).sum() for kernel in now.values())
+
+        updates, state = optimizer.update(jax.grad(loss)(trainable), state, trainable)
+        return optax.apply_updates(trainable, updates), state
+
     for _ in range(config.total_step):
-        updates, state = optimizer.update(step(trainable), state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
+        trainable, state = step(trainable, state)
     pruned = adalora.prune(adapter.with_trainable(trainable), state)
     pruned.save_pretrained(tmp_path / "jax")
     theirs = reloaded(CASES[case], tmp_path / "jax")
@@ -259,10 +267,6 @@ def test_an_adapter_trained_in_jax_is_read_by_peft_and_torch_to_the_same_update(
     ours.save_pretrained(tmp_path / "torch")
     for name in (CONFIG, WEIGHTS):
         assert (tmp_path / "jax" / name).read_bytes() == (tmp_path / "torch" / name).read_bytes()
-
-
-def effective(params, adapter, trainable):
-    return randlora_jax.effective_params(params, adapter.with_trainable(trainable)).values()
 
 
 def shapes_of(case):

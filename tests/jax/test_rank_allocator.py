@@ -136,6 +136,7 @@ def test_every_step_of_the_schedule_is_the_oracles(fields):
     assert final == adapter.config.target_r * len(WEIGHTS)
 
 
+@pytest.mark.slow
 def test_eager_steps_are_those_of_a_compiled_scan():
     adapter = trained(new_adapter(tinit=1, tfinal=1, total_step=5, target_modules=["up"]))
     grads = random_grads(adapter, 5)
@@ -542,7 +543,10 @@ def trained_alone():
 
 
 @MESH
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(AxisType.Auto, id="Auto"), pytest.param(AxisType.Explicit, id="Explicit", marks=pytest.mark.slow)],
+)
 def test_on_a_mesh_the_training_is_that_on_one_device(kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind, kind))
     place = lambda name, leaf: jax.device_put(leaf, NamedSharding(mesh, SPECS[name]))  # noqa: E731
