@@ -31,7 +31,8 @@ def accumulate_gradients(
     """Loss and gradient of `adapter.trainable` over micro-batches, equal to those over the large batch.
 
     Call it inside jit, and give the gradients to optax. Beyond the model's own memory it takes one float32 copy of the
-    adapted kernels, W + dW, and one of their gradients.
+    adapted kernels, W + dW, and one of their gradients. The loss does not see the factors: to those of AdaLoRA,
+    add the gradient of `adalora.orthogonal_loss`, which needs no batch.
 
     Args:
         loss: `loss(effective_params, batch)`, a scalar, or (scalar, auxiliary) with `has_aux`.

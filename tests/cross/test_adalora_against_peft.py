@@ -189,7 +189,9 @@ def mlp_in_jax(params, input_ids):
     return layer("tall", jax.nn.relu(layer("square", jax.nn.relu(layer("wide", x)))))
 
 
-@pytest.mark.parametrize("fields", [{}, {"deltaT": 3}, {"tinit": 0, "tfinal": 0}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [pytest.param({}, marks=pytest.mark.slow), {"deltaT": 3}, {"tinit": 0, "tfinal": 0}], ids=str
+)
 def test_every_step_in_torch_is_that_in_jax(fields):
     config = AdaLoraConfig(**{**SCHEDULE, **fields}, target_modules=("square", "tall", "wide"))
     model = get_peft_model(models.mlp(), config).train()

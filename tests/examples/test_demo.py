@@ -53,6 +53,7 @@ def save_llama_with_a_tokenizer(folder, corpus):
     LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.get_vocab_size(), **sizes)).save_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_the_demo_takes_a_users_own_model_tokenizer_and_text(tmp_path):
     corpus = " ".join(f"sentence {i} of my own text, größer than the one before;" for i in range(900))
     (tmp_path / "text").mkdir()

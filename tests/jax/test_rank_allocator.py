@@ -543,10 +543,8 @@ def trained_alone():
 
 
 @MESH
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(AxisType.Auto, id="Auto"), pytest.param(AxisType.Explicit, id="Explicit", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=lambda kind: kind.name)
 def test_on_a_mesh_the_training_is_that_on_one_device(kind):
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), axis_types=(kind, kind))
     place = lambda name, leaf: jax.device_put(leaf, NamedSharding(mesh, SPECS[name]))  # noqa: E731

@@ -182,6 +182,7 @@ def test_pinned_factors_keep_their_shardings_and_the_step_compiles_once(kind, ho
     assert all(jax.tree.leaves(placed))
 
 
+@pytest.mark.slow
 def test_gradients_accumulate_on_a_mesh():
     adapter, params, x = on_mesh(mesh_of())
     adapter = adapter.with_trainable(randomized(adapter.trainable))

@@ -139,6 +139,7 @@ def test_a_compiled_model_follows_every_change_of_what_is_in_force(randlora):
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(distinct) for b in distinct[:i])
 
 
+@pytest.mark.slow
 def test_a_compiled_llama_follows_set_adapter(randlora):
     model, run = adapted(randlora, "Llama", adapters=2), MODELS["Llama"][2]
     fast = compiled(model)
