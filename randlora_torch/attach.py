@@ -214,11 +214,11 @@ def _layer_arguments(config: RandLoraConfig | AdaLoraConfig, state: Attached) ->
 
 
 def _check_attachable(model: nn.Module, state: Attached, config: RandLoraConfig | AdaLoraConfig) -> None:
-    other = next((info.config for info in state.adapters.values() if type(info.config) is not type(config)), None)
-    if other is not None:
+    kind = getattr(model, "config_class_of_adapters", type(config))
+    if kind is not type(config):
         raise ValueError(
-            f"the model carries {other.METHOD} adapters, and one model carries adapters of one method only: delete them"
-            f" (model.unload()) before attaching an {config.METHOD} adapter, or merge them (model.merge_and_unload())."
+            f"the model carries {kind.METHOD} adapters, and one model carries adapters of one method only: take them"
+            f" off with model.unload() or model.merge_and_unload() before attaching one of {config.METHOD}."
         )
     if not state.adapters and adapted_layers(model):
         raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from interop.adalora import AdaLoraConfig
 from interop.bases import DEFAULT_RECIPE
+from interop.config import RandLoraConfig
 from interop.fields import AdapterConfig
 from randlora_torch.adapted import AdapterModel, rows_of_call
 from randlora_torch.attach import find_attached
@@ -55,6 +56,8 @@ class RandLoraModel(_Attaches, AdapterModel):
         low_cpu_mem_usage: Leave lambda and gamma on the meta device, for `restore_adapter` to fill.
     """
 
+    config_class_of_adapters = RandLoraConfig
+
     @property
     def randlora_A(self) -> BufferDict:
         """Bases (r, 1, min_dim) by adapter name, shared by all adapted layers."""
@@ -84,6 +87,8 @@ class AdaLoraModel(_Attaches, AdapterModel):
         adapter_name: Name of the adapter.
         low_cpu_mem_usage: Leave the parameters on the meta device, for `restore_adapter` to fill.
     """
+
+    config_class_of_adapters = AdaLoraConfig
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model. In training, `orthogonal_loss` is added to the loss of its output, if that has one.
@@ -297,5 +302,7 @@ def _make_adapted(model: nn.Module) -> None:
     """Swap the class of a model that carries adapters."""
     if not isinstance(model, AdapterModel):
         (info,) = model._randlora.adapters.values()
-        method = AdaLoraModel if isinstance(info.config, AdaLoraConfig) else RandLoraModel
+        method = next(
+            kind for kind in (RandLoraModel, AdaLoraModel) if kind.config_class_of_adapters is type(info.config)
+        )
         model.__class__ = adapted_class(type(model), method)

@@ -353,6 +353,10 @@ def test_the_two_methods_do_not_meet_on_one_model(tmp_path):
         ValueError, match="the model carries AdaLoRA adapters, and one model carries adapters of one method"
     ):
         model.add_adapter("other", RandLoraConfig(r=2, target_modules=["up"]))
+    emptied = adapted()
+    emptied.delete_adapter("default")
+    with pytest.raises(ValueError, match="the model carries AdaLoRA adapters"):
+        emptied.add_adapter("other", RandLoraConfig(r=2, target_modules=["up"]))
     model.save_pretrained(tmp_path)
     other = get_peft_model(mlp(), RandLoraConfig(r=2, target_modules=["up", "down"]))
     with pytest.raises(ValueError, match="the model carries RandLoRA adapters"):
