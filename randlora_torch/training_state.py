@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from interop.adalora import AdaLoraConfig, SVDFactors
+from interop.adalora import AdaLoraConfig, SVDFactors, factor_shapes
 from interop.adapter import Adapter
 from interop.errors import AdapterFormatError
 from randlora_torch.attach import AttachedAdapter
 from randlora_torch.bases import to_numpy, to_torch
-from randlora_torch.rank_allocator import RankAllocator
+from randlora_torch.rank_allocator import Importance, RankAllocator
 from randlora_torch.structure import adapted_layers
 
 STATE_NAME = "adalora_state.safetensors"
@@ -78,6 +78,8 @@ class TrainingState:
 
 def save_state(model: nn.Module, adapter_name: str, info: AttachedAdapter, directory: Path) -> None:
     """Write the state of an attached adapter into a folder, or remove an older one if no training is under way."""
+    if directory.exists() and not directory.is_dir():
+        return  # for `interop.save` to refuse
     step = None if info.allocator is None else info.allocator.step
     if step is None or step >= info.config.total_step:
         with contextlib.suppress(FileNotFoundError):
@@ -115,11 +117,39 @@ def load_state(source: Any, config: Any) -> TrainingState | None:
         tensors = load_file(path)
         names = [key.removesuffix(".held") for key in tensors if key.endswith(".held")]
         parts = [f"lora_{field}" for field in SVDFactors._fields]
-        return TrainingState(
+        state = TrainingState(
             path,
             {name: SVDFactors(*(tensors[f"{name}.{part}"] for part in parts)) for name in names},
             {name: tuple(tensors[f"{name}.held"].tolist()) for name in names},
             {key.removeprefix(_ALLOCATOR): tensors[key] for key in tensors if key.startswith(_ALLOCATOR)},
         )
-    except (SafetensorError, KeyError) as error:
+        for misfit in _misfits(state, config.init_r):
+            raise ValueError(misfit)
+    except (SafetensorError, KeyError, ValueError) as error:
         raise AdapterFormatError(f"{path} is damaged ({error}): delete it to go on from the adapter alone.") from error
+    return state
+
+
+def _misfits(state: TrainingState, init_r: int) -> Iterator[str]:
+    """What in a state contradicts the rest of it."""
+    if state.allocator["step"].shape != ():
+        yield "its step is no number"
+    expected = {"step"}
+    for name, factors in state.factors.items():
+        rank, shapes = len(state.held[name]), [tuple(part.shape) for part in factors]
+        if list(state.held[name]) != sorted(set(state.held[name]) & set(range(init_r))):
+            yield f"{name} holds the triplets {state.held[name]}, not some of 0 to {init_r - 1} in order"
+        if [len(shape) for shape in shapes] != [2] * 3 or shapes != [
+            *factor_shapes(rank, (shapes[2][0], shapes[0][1]))
+        ]:
+            yield f"{name} has shapes {shapes} for {rank} triplets"
+        wanted = {f"{name}.kept": (rank,)}
+        for average in Importance._fields:
+            wanted |= {f"{name}.{average}.{part}": shape for part, shape in zip(factors._fields, shapes, strict=True)}
+        wrong = [key for key in wanted if key in state.allocator and tuple(state.allocator[key].shape) != wanted[key]]
+        if wrong:
+            yield f"{wrong[0]} has another shape than {wanted[wrong[0]]}"
+        expected |= wanted.keys()
+    left_over = sorted(state.allocator.keys() - expected)
+    if left_over:
+        yield f"{left_over[:4]} belong to no layer"

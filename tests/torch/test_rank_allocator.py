@@ -325,6 +325,17 @@ def test_a_state_of_another_save_or_a_damaged_one_is_refused(tmp_path):
     save_file({key: value for key, value in tensors.items() if not key.endswith("lora_E")}, tmp_path / "b" / STATE_NAME)
     with pytest.raises(AdapterFormatError, match="is damaged"):
         load_adapter(mlp(), tmp_path / "b", is_trainable=True)
+    for changed, message in (
+        ({"up.held": torch.tensor([3, 2, 1, 0])}, "not some of 0 to 3 in order"),
+        ({"up.held": torch.tensor([0, 1, 2])}, r"up has shapes .* for 3 triplets"),
+        ({"allocator.up.kept": torch.ones(3, dtype=torch.bool)}, r"up\.kept has another shape than \(4,\)"),
+        ({"allocator.up.exp_avg_unc.B": torch.ones(2, 4)}, r"exp_avg_unc\.B has another shape"),
+        ({"allocator.nowhere.kept": torch.ones(4)}, r"'nowhere\.kept'\] belong to no layer"),
+        ({"allocator.step": torch.ones(2)}, "its step is no number"),
+    ):
+        save_file({**tensors, **changed}, tmp_path / "b" / STATE_NAME)
+        with pytest.raises(AdapterFormatError, match=rf"is damaged \(.*{message}"):
+            load_adapter(mlp(), tmp_path / "b", is_trainable=True)
     (tmp_path / "b" / STATE_NAME).unlink()
     again = Run(load_adapter(mlp(), tmp_path / "b", is_trainable=True))
     again.steps(7, 12)
