@@ -258,6 +258,12 @@ def test_saved_and_loaded_merged_and_unloaded_a_model_computes_the_same(kind, tm
     assert_same(output(model.unload()), base)
 
 
+def test_a_new_adapter_is_saved_with_all_its_triplets_though_their_values_are_zero(tmp_path):
+    adapted().save_pretrained(tmp_path)
+    assert interop.load(tmp_path).config.rank_pattern is None
+    assert load_adapter(mlp(), tmp_path).ranks() == {"up": 3, "down": 3}
+
+
 def test_a_model_is_copied_and_pickled_with_its_adapter_and_allocator():
     model = trained()
     loss_of(model.train()).backward()
