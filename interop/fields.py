@@ -1,5 +1,6 @@
 """`AdapterConfig`: what the configs of all methods have in common. Fields are checked once, at construction."""
 
+import abc
 import dataclasses
 import json
 import numbers
@@ -14,7 +15,7 @@ HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(abc.ABC):
     """The fields that every method has, under PEFT's names; the content of `adapter_config.json`.
 
     Attributes:
@@ -62,14 +63,14 @@ class AdapterConfig:
         self._check_values()
 
     @property
+    @abc.abstractmethod
     def scaling(self) -> float:
         """The number that the update is multiplied by."""
-        raise NotImplementedError(f"{type(self).__name__} is no method: use RandLoraConfig or AdaLoraConfig.")
 
     @property
+    @abc.abstractmethod
     def dropout(self) -> float:
         """Probability of zeroing an input of the adapter branch while training, under one name for all methods."""
-        raise NotImplementedError(f"{type(self).__name__} is no method: use RandLoraConfig or AdaLoraConfig.")
 
     def with_targets(self, target_modules: str | tuple[str, ...]) -> Self:
         """This config with other target_modules, and without the fields that select among them."""

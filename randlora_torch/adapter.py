@@ -1,5 +1,6 @@
 """`RandLoraAdapter` and `AdaLoraAdapter`: adapters as torch tensors, apart from any model."""
 
+import abc
 import dataclasses
 import os
 from typing import Any
@@ -17,17 +18,19 @@ from randlora_torch.bases import layer_bases, to_numpy, to_torch
 from randlora_torch.gradients import delta_weight
 
 
-class _TorchAdapter:
+class _TorchAdapter(abc.ABC):
     """What adapters of all methods can do."""
+
+    factors: dict[str, Any]
 
     @property
     def modules(self) -> tuple[str, ...]:
         """Names of the adapted layers."""
         return tuple(self.factors)
 
+    @abc.abstractmethod
     def to_interop(self) -> Adapter:
         """The same numbers in numpy; what is trained is copied, so further training does not change it."""
-        raise NotImplementedError
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the adapter in PEFT's format; see `interop.save`."""
