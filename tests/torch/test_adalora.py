@@ -418,6 +418,10 @@ def test_with_little_memory_parameters_come_from_the_folder(tmp_path):
     assert full.up.lora_A["default"].shape == (3, 6)
     assert full.ranks() == empty.ranks() == {"down": 3, "up": 2}
     assert_close(output(full), output(model))
+    for twin in (empty, full):
+        assert extract(twin).config.rank_pattern == extract(model).config.rank_pattern
+        for name, factors in extract(model).factors.items():
+            assert_same(extract(twin).factors[name], factors)
     whole = extract(trained())
     with pytest.raises(ValueError, match="have triplets that the attached adapter had lost before"):
         empty.restore_adapter(whole)

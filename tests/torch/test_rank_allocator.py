@@ -342,6 +342,17 @@ def test_a_state_of_another_save_or_a_damaged_one_is_refused(tmp_path):
     assert 0 < sum(again.model.ranks().values()) <= 2
 
 
+def test_what_was_measured_is_forgotten_when_other_values_come_without_a_state():
+    run, other = Run(adapted()), adapted(seed=3)
+    run.steps(1, 5)
+    assert sum(run.model.ranks().values()) < 8
+    run.model.restore_adapter(extract(other))
+    assert run.model.rankallocator.step is None
+    assert run.model.rankallocator.importance == {}
+    assert run.model.ranks() == {"up": 4, "down": 4}
+    assert_close(output(run.model), output(other))
+
+
 def test_a_frozen_adapter_leaves_no_state(tmp_path):
     run = Run(adapted())
     run.steps(1, 6)
