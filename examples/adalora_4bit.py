@@ -1,7 +1,7 @@
 """AdaLoRA on a 4-bit model: all layers start with rank 12, training takes it where it matters least; see what is left.
 
 Run `python examples/adalora_4bit.py [--model FOLDER] [--text FILE_OR_FOLDER]`. A model of the standard library's
-docstrings learns to write its source code. Without --model, a small byte-level Llama is trained first. About four
+docstrings learns to write its source code. Without --model, a small byte-level Llama is trained first. About three
 minutes on two CPU cores; `ranks.png` shows the rank of each layer, and the last line is
 
     the reloaded adapter gives the same logits; it is in runs/adalora_4bit/adapter
