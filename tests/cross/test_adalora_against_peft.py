@@ -1,6 +1,5 @@
 """AdaLoRA's training beside PEFT's, step by step over a full schedule, and torch's beside JAX's."""
 
-import copy
 import dataclasses
 import warnings
 
@@ -114,7 +113,6 @@ def test_every_step_of_a_schedule_is_that_of_peft(case):
         for loss, optimizer in zip(losses, optimizers, strict=True):
             loss.backward()
             optimizer.step()
-        before = copy.deepcopy(theirs.allocator)
         theirs.update_and_allocate(step)
         allocation = ours.update_and_allocate(step)["default"]
         budget, masks = theirs.allocator.budget_schedule(step)
@@ -142,7 +140,6 @@ def test_every_step_of_a_schedule_is_that_of_peft(case):
     assert thresholds > 1
     assert pruned > 4
     assert sum(ours.ranks().values()) <= config.target_r * len(ours.ranks()) < config.init_r * len(ours.ranks())
-    assert not before.ipt or config.tfinal == 0
 
 
 def test_a_model_trained_by_us_and_by_peft_is_saved_alike(tmp_path):
