@@ -5,6 +5,7 @@ import oracle
 import pytest
 import torch
 
+import randlora_torch
 from interop import AdaLoraConfig
 from randlora_torch import AdaLoraLayer, extract, get_peft_model, load_adapter
 from randlora_torch.bases import to_numpy
@@ -69,6 +70,18 @@ def test_every_layer_is_of_its_kind(llama_folder, kind):
     want = bnb.SVDLinear8bitLt if "int8" in kind else bnb.SVDLinear4bit
     assert {type(layer) for layer in layers_of(model).values()} == {want}
     assert len(layers_of(model)) == 7
+
+
+@few_kinds
+def test_a_layer_is_made_by_hand_as_in_peft(llama_folder, kind):
+    base = load_llama(llama_folder, kind).model.layers[0].mlp.down_proj
+    made = randlora_torch.SVDLinear8bitLt if kind == "int8" else randlora_torch.SVDLinear4bit
+    layer = made(base, "default", r=3, lora_alpha=6, lora_dropout=0.5, init_lora_weights=False).eval()
+    assert [tuple(part.shape) for part in layer.factors("default")] == [(3, 128), (3, 1), (64, 3)]
+    x = torch.randn(2, 128)
+    want = base(x) + x @ delta(layer).float().T
+    assert relative_error(layer(x), want) < 1e-5
+    assert relative_error(layer.train()(x), want) > 0.1
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
