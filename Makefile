@@ -15,7 +15,7 @@ demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 
 test: $(INSTALLED)  ## the test suite; ARGS="-m slow" for the exhaustive cases
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-models: $(MODELS_INSTALLED)  ## third parties' JAX models, in an environment of their own; ARGS as above
 	$(MODELS_BIN)/python -m pytest tests/models $(ARGS)

@@ -79,6 +79,7 @@ def test_logits_are_those_of_transformers(options, tmp_path):
     np.testing.assert_allclose(logits, torch_logits(reference, random_tokens()), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_demo_base_is_read_with_its_own_loss(tmp_path):
     result = base_model.train_base(tmp_path, steps=2, seed=1)
     assert result.losses[0] == pytest.approx(np.log(256), abs=0.1)
@@ -138,6 +139,7 @@ def test_loss_is_the_loss_of_transformers_and_so_is_the_gradient_of_every_kernel
         np.testing.assert_allclose(grad, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_a_position_does_not_see_those_after_it(folder):
     model = llama_nnx.load_llama(folder)
     tokens = random_tokens(20)

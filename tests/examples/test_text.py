@@ -22,6 +22,7 @@ def test_a_corpus_is_the_same_text_each_time_and_a_limit_only_cuts_it(corpus):
     assert corpus(7_000) == longer[:7_000]
 
 
+@pytest.mark.slow
 def test_every_python_has_more_than_a_megabyte_of_docstrings_each_once_and_in_utf8():
     docs = text.docstrings()
     assert 1_000_000 < len(docs) <= text.LIMIT

@@ -141,7 +141,7 @@ def bits(tree):
     return jax.device_get(jax.tree.map(lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf, tree))
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k == "mesh")) for k in RUNS])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(kind, tmp_path):
     run, losses = RUNS[kind](tmp_path), []
     for index in range(STEPS):

@@ -178,7 +178,7 @@ class Scanned(linen.Module):
         return layers(name="layers")(x, None)[0]
 
 
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
+@pytest.mark.parametrize("kind", ["4bit", pytest.param("8bit", marks=pytest.mark.slow)])
 def test_stacked_quantized_kernels_are_dequantized_layer_by_layer_inside_a_scan(kind):
     block = {
         name: {"kernel": stack([KINDS[kind](shape, seed=seed) for seed in (0, 1)]), "bias": jnp.ones((2, shape[0]))}

@@ -66,6 +66,7 @@ def test_micro_batches_give_loss_and_gradients_of_the_large_batch(count):
     chex.assert_trees_all_close(got, large_batch(), **TOLERANCE["float32", "gradient"])
 
 
+@pytest.mark.slow
 def test_sums_of_unequal_micro_batches_add_up_under_one_common_count():
     weights = jnp.asarray([1.0] * 5 + [0.0] * 7)  # a mask: the micro-batches count 4, 1 and 0 rows
     masked = batch() | {"weight": weights}

@@ -98,7 +98,9 @@ def assert_equals_eager(transformed, model, run, *, close=CLOSE, close_gradients
     torch.testing.assert_close(first_gradients, second_gradients, **close_gradients)
 
 
-@pytest.mark.parametrize("adapters", [1, 2], ids=["one adapter", "two active adapters"])
+@pytest.mark.parametrize(
+    "adapters", [pytest.param(1, id="one adapter", marks=pytest.mark.slow), pytest.param(2, id="two active adapters")]
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_compiled_model_computes_the_output_and_the_gradients_of_the_eager_one(kind, adapters, randlora):
     model = adapted(randlora, kind, adapters)
@@ -173,6 +175,7 @@ def test_batches_of_changing_size_compile_once_for_all_sizes(randlora):
     assert counter.frame_count == 2  # the first size, then any
 
 
+@pytest.mark.slow
 def test_a_model_compiles_with_all_sizes_symbolic(randlora):
     model = adapted(randlora)
     assert_equals_eager(compiled(model, dynamic=True), model, MODELS["MLP"][2])

@@ -213,7 +213,8 @@ def test_what_the_trainer_saves_loads_in_peft_with_the_same_logits(finished, tmp
     assert (want - logits(load_base(finished.folder))).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("kind", "how"), [pytest.param("plain", "new", marks=pytest.mark.slow), ("nf4", "loaded")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "how"), [("plain", "new"), ("nf4", "loaded")])
 def test_a_users_script_resumes_in_a_process_of_its_own(kind, how, folder, tmp_path):
     """The Trainer is imported only after the adapter is attached, as a script may well do."""
     uninterrupted = adapted(folder, kind)
