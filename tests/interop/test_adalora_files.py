@@ -15,45 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.numpy import save_file
 from strategies import KEPT, LAYERS, SHAPES, draw_adalora, draw_adapter
 
 from interop import RECIPES, AdapterFormatError, convert, load, save
 from interop.cli import main
 from interop.folder import CONFIG_NAME, WEIGHTS_NAME
+from tests.interop.folders import both_files, edit_config, rewrite, same_arrays, weights
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
-
-
-def weights(folder):
-    """Tensors and metadata of the folder, read by the safetensors library alone."""
-    with safe_open(folder / WEIGHTS_NAME, framework="numpy") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-
-
-def rewrite(folder, *, drop=(), add=None, notes=None):
-    """Write the folder's tensors again with some changed, and some of our metadata."""
-    tensors, old = weights(folder)
-    tensors = {key: value for key, value in tensors.items() if key not in drop} | (add or {})
-    metadata = {"format": "pt", "randlora": json.dumps(json.loads(old["randlora"]) | (notes or {}))}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata)
-
-
-def edit_config(folder, **fields):
-    path = folder / CONFIG_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def both_files(folder):
-    return [(folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)]
-
-
-def same_arrays(a, b):
-    assert a.keys() == b.keys()
-    for name, parts in a.items():
-        for x, y in zip(parts, b[name], strict=True):
-            assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from strategies import LAYERS, SHAPES, draw_adapter
 
@@ -28,23 +27,9 @@ from interop import (
     save,
 )
 from interop.folder import CONFIG_NAME, WEIGHTS_NAME
+from tests.interop.folders import both_files, edit_config, rewrite, same_arrays, weights
 
 KINDS = ({}, {"sparse": True}, {"very_sparse": True})
-
-
-def weights(folder):
-    """Tensors and metadata of the folder, read by the safetensors library alone."""
-    with safe_open(folder / WEIGHTS_NAME, framework="numpy") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
-
-
-def rewrite(folder, *, drop=(), add=None, notes=None, metadata=None):
-    """Write the folder's tensors again with some changed; `notes` updates our metadata, `metadata` replaces all."""
-    tensors, old = weights(folder)
-    tensors = {key: value for key, value in tensors.items() if key not in drop} | (add or {})
-    if metadata is None:
-        metadata = {"format": "pt", "randlora": json.dumps(json.loads(old["randlora"]) | (notes or {}))}
-    save_file(tensors, folder / WEIGHTS_NAME, metadata)
 
 
 def as_by_peft(folder, *, canonical, per_layer):
@@ -56,22 +41,6 @@ def as_by_peft(folder, *, canonical, per_layer):
     if per_layer:
         tensors |= {f"base_model.model.{name}.randlora_{part}": bases[part] for name in LAYERS for part in "AB"}
     save_file(tensors, folder / WEIGHTS_NAME, {"format": "pt"})
-
-
-def edit_config(folder, **fields):
-    path = folder / CONFIG_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
-
-
-def both_files(folder):
-    return [(folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)]
-
-
-def same_arrays(a, b):
-    assert a.keys() == b.keys()
-    for name, pair in a.items():
-        for x, y in zip(pair, b[name], strict=True):
-            assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
 
 
 @pytest.fixture

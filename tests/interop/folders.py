@@ -1,0 +1,39 @@
+"""Adapter folders looked into and changed by other means than the package's own."""
+
+import json
+
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from interop.folder import CONFIG_NAME, WEIGHTS_NAME
+
+
+def weights(folder):
+    """Tensors and metadata of the folder, read by the safetensors library alone."""
+    with safe_open(folder / WEIGHTS_NAME, framework="numpy") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+def rewrite(folder, *, drop=(), add=None, notes=None, metadata=None):
+    """Write the folder's tensors again with some changed; `notes` updates our metadata, `metadata` replaces all."""
+    tensors, old = weights(folder)
+    tensors = {key: value for key, value in tensors.items() if key not in drop} | (add or {})
+    if metadata is None:
+        metadata = {"format": "pt", "randlora": json.dumps(json.loads(old["randlora"]) | (notes or {}))}
+    save_file(tensors, folder / WEIGHTS_NAME, metadata)
+
+
+def edit_config(folder, **fields):
+    path = folder / CONFIG_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def both_files(folder):
+    return [(folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+
+
+def same_arrays(a, b):
+    assert a.keys() == b.keys()
+    for name, pair in a.items():
+        for x, y in zip(pair, b[name], strict=True):
+            assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
