@@ -18,7 +18,7 @@ from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
 from randlora_torch.attach import attach, check_request, find_attached
 from randlora_torch.layer import layer_shape
 from randlora_torch.structure import adaptable_layers, adapted_layers, base_modules
-from randlora_torch.training_state import load_state
+from randlora_torch.training_state import with_state
 
 Source = Adapter | RandLoraAdapter | AdaLoraAdapter | str | os.PathLike[str]
 
@@ -56,9 +56,7 @@ def attach_saved(
     """Attach an adapter from a folder or from any stack; `to_train`, with what an unfinished training left there."""
     check_request(model, adapter_name)
     adapter = as_adapter(source, recipe)
-    state = load_state(source, adapter.config) if to_train else None
-    if state is not None:
-        adapter = state.complete(adapter)
+    adapter, state = with_state(source, adapter) if to_train else (adapter, None)
     attach(model, adapter.bind(layer_shapes(model, adapter.config)), adapter_name, loaded=True)
     if state is not None:
         adapters = model._randlora.adapters

@@ -18,7 +18,7 @@ from randlora_torch.layer import AdapterLayer
 from randlora_torch.loading import Source, as_adapter, layer_shapes
 from randlora_torch.merging import is_sharded
 from randlora_torch.structure import adapted_layers
-from randlora_torch.training_state import load_state
+from randlora_torch.training_state import with_state
 
 
 def restore(model: nn.Module, source: Source, adapter_name: str) -> None:
@@ -28,10 +28,7 @@ def restore(model: nn.Module, source: Source, adapter_name: str) -> None:
         ValueError: the adapter is not attached, or merged, or the saved one is of another kind: what differs is listed.
     """
     info = find_attached(model, adapter_name)
-    saved = as_adapter(source, None)
-    state = load_state(source, saved.config)
-    if state is not None:
-        saved = state.complete(saved)
+    saved, state = with_state(source, as_adapter(source, None))
     saved = saved.bind(layer_shapes(model, saved.config))
     layers = {name: layer for name, layer in adapted_layers(model).items() if layer.holds(adapter_name)}
     values = brought_by(saved)

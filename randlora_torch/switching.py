@@ -80,10 +80,8 @@ class AdapterSwitching:
 
     def _trains(self, adapter_name: str) -> bool:
         """Whether the parameters of an adapter's layers require gradients."""
-        layers = adapted_layers(self).values()
-        return any(
-            part.requires_grad for layer in layers if layer.holds(adapter_name) for part in layer.factors(adapter_name)
-        )
+        layers = map(self.get_submodule, find_attached(self, adapter_name).modules)
+        return any(part.requires_grad for layer in layers for part in layer.factors(adapter_name))
 
     def _put_in_force(self) -> None:
         """Bring layers, trained modules and biases in line with what is active and whether adapters are disabled."""

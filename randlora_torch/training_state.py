@@ -102,12 +102,17 @@ def save_state(model: nn.Module, adapter_name: str, info: AttachedAdapter, direc
         raise
 
 
-def load_state(source: Any, config: Any) -> TrainingState | None:
-    """The state in the folder of an AdaLoRA adapter, if there is one.
+def with_state(source: Any, adapter: Adapter) -> tuple[Adapter, TrainingState | None]:
+    """An adapter with all its triplets, and the state beside it in its folder; as it is, and None, if there is none.
 
     Raises:
-        AdapterFormatError: the file is damaged.
+        AdapterFormatError: the state is damaged, or does not belong to this adapter.
     """
+    state = _load_state(source, adapter.config)
+    return (adapter, None) if state is None else (state.complete(adapter), state)
+
+
+def _load_state(source: Any, config: Any) -> TrainingState | None:
     if not isinstance(source, str | os.PathLike) or not isinstance(config, AdaLoraConfig):
         return None
     path = Path(source) / STATE_NAME
