@@ -15,7 +15,7 @@ from interop.bases import BFLOAT16, DEFAULT_RECIPE, FLOAT16, Bases, make_bases
 from interop.config import RandLoraConfig
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
-from interop.shapes import bases_shapes, factor_shapes, num_bases, shared_dims
+from interop.shapes import MAX_SIDE, bases_shapes, factor_shapes, num_bases, shared_dims
 
 FLOAT_DTYPES = (np.dtype(np.float32), BFLOAT16, FLOAT16)  # what factors and bases may be stored in
 
@@ -235,6 +235,9 @@ def _misfits(adapter: Adapter) -> Iterable[str]:
         yield "a layer has an empty name; the file has no place for it (is the model itself a layer? wrap it)"
     if shapes is not None and set(shapes) != set(adapter.factors):
         yield f"{sorted(set(shapes) ^ set(adapter.factors))} have factors or a shape, but not both"
+    for name, shape in (shapes or {}).items():
+        if not all(0 < side <= MAX_SIDE for side in shape):
+            yield f"{name}: the sides of its shape {shape} must lie between 1 and {MAX_SIDE}"
     parts = {
         f"{name}.{field}": part for name, pair in adapter.factors.items() for field, part in pair._asdict().items()
     }

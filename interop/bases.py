@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from interop.config import RandLoraConfig
-from interop.shapes import Dims, bases_shapes
+from interop.shapes import MAX_BASIS, Dims, bases_shapes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
@@ -75,8 +75,10 @@ def make_bases(config: RandLoraConfig, *, max_dim: int, min_dim: int, recipe: st
         raise ValueError(f"recipe={recipe!r} is not known: choose one of {list(RECIPES)}.")
     if not 1 <= min_dim <= max_dim:
         raise ValueError(f"max_dim={max_dim}, min_dim={min_dim}: needs 1 <= min_dim <= max_dim. Swap them?")
-    stream = _TorchStream(config.projection_prng_key)
     shape_A, shape_B = bases_shapes(Dims(max_dim, min_dim), config.r)
+    if math.prod(shape_B) > MAX_BASIS:
+        raise ValueError(f"basis B of shape {shape_B} is too large: at most {MAX_BASIS:,d} numbers are drawn.")
+    stream = _TorchStream(config.projection_prng_key)
     if config.ternary:
         sparsity = _sparsity(config, min_dim)
         A = _draw_ternary(stream, shape_A, sparsity)

@@ -8,20 +8,17 @@ A 4-bit weight is a tensor of packed nibbles (of any dtype, `bnb_4bit_quant_stor
 import json
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from interop.errors import bulleted
+from interop.modelfolder import CONFIG_NAME, CheckpointFormatError, ModelFolder
 from interop.tensorfile import DTYPES
 
-CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+MALFORMED = "{} holds malformed weights. Save the model again with save_pretrained, or download it again"
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334)
 NF4 += (-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
@@ -33,10 +30,6 @@ _FLOATS = {name: DTYPES[code] for name, code in (("float32", "F32"), ("float16",
 _PIECES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 _STATE = "quant_state."
-
-
-class CheckpointFormatError(ValueError):
-    """A model's folder is incomplete, inconsistent or unsafe, or was quantized in a way that is not read here."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,116 +110,57 @@ def read_folder(folder: str | os.PathLike[str]) -> dict[str, np.ndarray | Weight
         FileNotFoundError: the folder or its weights do not exist.
         CheckpointFormatError: a part is missing, left over or malformed, or another method quantized the model.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
-    problems: list[str] = []
-    weights: dict[str, np.ndarray | Weight4bit | Weight8bit] = {}
-    for name, pieces in _grouped(tensors).items():
-        try:
-            weights[name] = _assemble(name, tensors.get(name), pieces, config)
-        except ValueError as error:
-            problems.append(f"{name}: {error}")
+    with ModelFolder(folder) as model:
+        problems: list[str] = []
+        weights: dict[str, np.ndarray | Weight4bit | Weight8bit] = {}
+        for name, keys in grouped(model).items():
+            try:
+                weights[name] = read_weight(model, name, keys)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
     if problems:
-        headline = f"{folder} holds malformed weights. Save the model again with save_pretrained, or download it again"
-        raise CheckpointFormatError(bulleted(headline, problems))
+        raise CheckpointFormatError(bulleted(MALFORMED.format(folder), problems))
     return weights
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    config = _read_json(path) if path.is_file() else {}
-    quantization = config.get("quantization_config") or {}
+def read_weight(model: ModelFolder, name: str, keys: Mapping[str, str]) -> np.ndarray | Weight4bit | Weight8bit:
+    """One weight of a folder.
+
+    Args:
+        model: The folder.
+        name: The weight's name.
+        keys: Where its pieces are, see `grouped`.
+
+    Raises:
+        ValueError: a piece is missing, left over or malformed.
+    """
+    _require_bitsandbytes(model)
+    whole = model.tensor(name) if name in model else None
+    return _assemble(name, whole, {piece: model.tensor(key) for piece, key in keys.items()}, model.config)
+
+
+def _require_bitsandbytes(model: ModelFolder) -> None:
+    quantization = model.config.get("quantization_config") or {}
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else quantization
     if method != "bitsandbytes":
         raise CheckpointFormatError(
-            f"{path}: the model is quantized by {method!r}; only bitsandbytes' 4 and 8 bits are read, and models that"
-            " are not quantized. Load it in torch, dequantize it there, and save it again."
+            f"{model.path / CONFIG_NAME}: the model is quantized by {method!r}; only bitsandbytes' 4 and 8 bits are"
+            " read, and models that are not quantized. Load it in torch, dequantize it there, and save it again."
         )
-    return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointFormatError(f"{path} is not valid JSON ({error}). Copy or download it again.") from error
-    if not isinstance(content, dict):
-        raise CheckpointFormatError(f"{path} holds a JSON {type(content).__name__}, not an object. Download it again.")
-    return content
+def grouped(keys: Iterable[str]) -> dict[str, dict[str, str]]:
+    """The keys of the pieces of each weight, by its name; {} for a plain one.
 
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of all files, checked against the index. Each is copied from the mapped file once."""
-    tensors: dict[str, np.ndarray] = {}
-    for path, indexed in _files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                keys = set(file.keys())
-                _check_keys(path, file, keys, keys if indexed is None else indexed)
-                tensors |= {key: file.get_tensor(key) for key in sorted(keys)}
-        except SafetensorError as error:
-            raise CheckpointFormatError(
-                f"{path} is not a valid safetensors file ({error}). Copy or download it again."
-            ) from error
-    return tensors
-
-
-def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
-    """The files of weights and the names that the index expects in each; a single file is preferred, as elsewhere."""
-    if (folder / WEIGHTS_NAME).is_file():
-        yield folder / WEIGHTS_NAME, None
-        return
-    index = folder / INDEX_NAME
-    if not index.is_file():
-        raise _no_weights(folder)
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointFormatError(f"{index} has no weight_map from tensors to files. Copy or download it again.")
-    expected = defaultdict(set)
-    for key, name in weight_map.items():
-        if not isinstance(name, str) or name != os.path.basename(name) or "\\" in name or name in ("", ".", ".."):
-            raise CheckpointFormatError(
-                f"{index} says that {key!r} is in {name!r}: it may only name files in its own folder. Do not trust it."
-            )
-        expected[name].add(key)
-    for name, keys in sorted(expected.items()):
-        if not (folder / name).is_file():
-            raise CheckpointFormatError(f"{folder} lacks {name}, which {INDEX_NAME} names. Copy or download it again.")
-        yield folder / name, keys
-
-
-def _check_keys(path: Path, file: Any, keys: set[str], indexed: set[str]) -> None:
-    problems = [f"{key}: missing, {INDEX_NAME} says it is here" for key in sorted(indexed - keys)]
-    problems += [f"{key}: left over, {INDEX_NAME} does not say it is here" for key in sorted(keys - indexed)]
-    for key in sorted(keys):
-        code = file.get_slice(key).get_dtype()
-        if code not in DTYPES:
-            problems.append(f"{key}: dtype {code} is not one of {sorted(DTYPES)}")
-    if problems:
-        raise CheckpointFormatError(bulleted(f"{path} does not hold what it should. Download it again", problems))
-
-
-def _no_weights(folder: Path) -> Exception:
-    if not folder.is_dir():
-        return FileNotFoundError(f"{folder} is not a folder. Pass the folder that holds {WEIGHTS_NAME}.")
-    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
-    if pickles:
-        return CheckpointFormatError(
-            f"{folder} holds {pickles[0]}, a pickle, which can run code when it is read. Load it in transformers and"
-            " save it again, as safetensors."
-        )
-    return FileNotFoundError(f"{folder} holds neither {WEIGHTS_NAME} nor {INDEX_NAME}: save the model there first.")
-
-
-def _grouped(tensors: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """The pieces of each weight by its name, {} for a plain one; pieces may lie in another file than their weight."""
-    groups: dict[str, dict[str, np.ndarray]] = {}
-    for key, tensor in tensors.items():
+    >>> grouped(["q.weight", "q.weight.absmax", "norm.weight"])
+    {'q.weight': {'absmax': 'q.weight.absmax'}, 'norm.weight': {}}
+    """
+    groups: dict[str, dict[str, str]] = {}
+    for key in keys:
         name, piece = _split(key)
         group = groups.setdefault(name, {})
         if piece is not None:
-            group[piece] = tensor
+            group[piece] = key
     return groups
 
 

@@ -6,6 +6,7 @@ must then all be equal.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,13 +17,15 @@ from interop.adapter import Adapter, Factors, factors_kind
 from interop.bases import Bases
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
+from interop.integrity import not_finite
 from interop.targets import EMBEDDINGS, in_modules
-from interop.tensorfile import DTYPES
+from interop.tensorfile import DTYPES, byte_chunks
 
 PARTS = {  # the last part of the keys of a layer's factors
     Factors: Factors("randlora_lambda", "randlora_gamma"),
     SVDFactors: SVDFactors("lora_A", "lora_E", "lora_B"),
 }
+_DTYPES = set(DTYPES.values())
 _BASES = Bases("randlora_A", "randlora_B")
 _KEY = re.compile(r"(?s)base_model\.(?:model\.(?P<module>.+)\.)?(?P<part>[^.]+)")
 
@@ -35,64 +38,81 @@ class Contents(NamedTuple):
     saved_weights: dict[str, np.ndarray]
 
 
-def to_tensors(adapter: Adapter, *, with_bases: bool) -> dict[str, np.ndarray]:
-    """All tensors of an adapter's file, by key."""
-    tensors: dict[str, np.ndarray] = dict(adapter.saved_weights)
+def trained_tensors(adapter: Adapter) -> dict[str, Any]:
+    """All tensors of an adapter's file but the bases, by key."""
+    tensors: dict[str, Any] = dict(adapter.saved_weights)
     parts = PARTS[factors_kind(adapter.config)]
     for name, factors in adapter.factors.items():
         keys = (f"base_model.model.{name}.{part}" for part in parts)
         tensors |= dict(zip(keys, factors, strict=True))
-    if with_bases and adapter.bases is not None:
-        tensors |= {f"base_model.{part}": basis for part, basis in zip(_BASES, adapter.bases, strict=True)}
     return tensors
 
 
-def read_tensors(path: Path, file: Any, config: AdapterConfig) -> Contents:
+def bases_tensors(adapter: Adapter, *, per_layer: bool) -> dict[str, Any]:
+    """The bases by key: once, and if asked for once more for each layer, as PEFT <= 0.21.2 writes them."""
+    places = ["base_model", *(f"base_model.model.{name}" for name in adapter.factors if per_layer)]
+    return {
+        f"{place}.{part}": basis for place in places for part, basis in zip(_BASES, adapter.bases or (), strict=False)
+    }
+
+
+def read_tensors(path: Path, file: Any, config: AdapterConfig, *, read: Callable[[str], Any] | None = None) -> Contents:
     """Sort the tensors of an open safetensors file into factors, one copy of the bases, and what else there may be.
 
+    Args:
+        path: What errors call the file.
+        file: A `TensorFile`, or what has its `keys`, `dtype`, `shape`, `tensor` and `chunks`.
+        config: Of the adapter.
+        read: From a key to what is kept of a tensor that is no basis; by default the array.
+
     Raises:
-        AdapterFormatError: a tensor is missing, left over, of a dtype that adapters do not have, or a basis has several
-            copies that differ; all are listed.
+        AdapterFormatError: a tensor is missing, left over, of a dtype that adapters do not have, or holds inf or nan,
+            or a basis has several copies that differ; all are listed.
     """
+    read = read or file.tensor
     kind = factors_kind(config)
     wanted, bases = PARTS[kind], _BASES if kind is Factors else ()
     found: dict[str, dict[str, np.ndarray]] = {}
     copies: dict[str, np.ndarray] = {}
     others: dict[str, np.ndarray] = {}
+    values: dict[str, Any] = {}
     problems: list[str] = []
     for key in file.keys():
-        code, match = file.get_slice(key).get_dtype(), _KEY.fullmatch(key)
+        match = _KEY.fullmatch(key)
         module, part = (match["module"], match["part"]) if match else (None, "")
-        if code not in DTYPES:
-            problems.append(f"{key}: dtype {code} is not one of {sorted(DTYPES)}")
+        if file.dtype(key) not in _DTYPES:
+            problems.append(f"{key}: dtype {file.dtype(key)} is not one of {sorted(map(str, _DTYPES))}")
         elif part in bases:
-            first = copies.setdefault(part, value := file.get_tensor(key))
-            if not _same_bits(first, value):
+            if part not in copies:
+                copies[part] = values[key] = file.tensor(key)
+            elif not _holds(file, key, copies[part]):
                 problems.append(f"{key}: differs from another copy of basis {part[-1]} in the same file")
         elif part in wanted and module is not None:
-            found.setdefault(module, {})[part] = file.get_tensor(key)
+            found.setdefault(module, {})[part] = values[key] = read(key)
         elif part in wanted:
             names = " and ".join(name.removeprefix("randlora_") for name in wanted)
             problems.append(f"{key}: left over; {names} belong to a module")
         elif not _accounted_for(key, config):
             problems.append(f"{key}: left over; no tensor of {config.METHOD}, nor named by bias or modules_to_save")
         else:
-            others[key] = file.get_tensor(key)
+            others[key] = values[key] = read(key)
     for module, parts in found.items():
         problems += [f"base_model.model.{module}.{part}: missing" for part in wanted if part not in parts]
     if copies:
         missing = [part for part in bases if part not in copies]
         problems += [f"base_model.{part}: missing, the other basis is there" for part in missing]
+    problems += [f"{key}: holds inf or nan" for key in not_finite(values)]
     if problems:
         raise AdapterFormatError(bulleted(f"{path} is not a complete {config.METHOD} adapter", problems))
     factors = {module: kind(*(parts[part] for part in wanted)) for module, parts in found.items()}
     return Contents(factors, Bases(*(copies[part] for part in bases)) if copies else None, others)
 
 
-def _same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
+def _holds(file: Any, key: str, array: np.ndarray) -> bool:
+    """Whether a tensor of the file has the shape, dtype and bits of an array; it is not read as a whole."""
+    if (file.shape(key), file.dtype(key)) != (array.shape, array.dtype):
         return False
-    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))
+    return all(a == b for a, b in zip(file.chunks(key), byte_chunks(array), strict=True))
 
 
 def _accounted_for(key: str, config: AdapterConfig) -> bool:

@@ -1,10 +1,11 @@
 """PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors`, read strictly and replaced as one.
 
-What PEFT does not record (recipe, shapes, SHA-256 of bases and config) stands as JSON under `randlora` in the metadata
-of the safetensors file; the tensors are those of `interop.contents`.
+What PEFT does not record is in `interop.notes`, in the metadata of the safetensors file; the tensors are those of
+`interop.contents`. FORMAT.md specifies all of it.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import warnings
@@ -12,30 +13,52 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
-from interop.bases import (
-    DEFAULT_RECIPE,
-    RECIPES,
-    Bases,
-    bases_digest,
-    identify_recipe,
-    make_bases,
-    recipe_gives_A,
-)
-from interop.contents import Contents, read_tensors, to_tensors
-from interop.errors import AdapterFormatError
+from interop.bases import DEFAULT_RECIPE, RECIPES, identify_recipe, make_bases
+from interop.card import write_card
+from interop.contents import Contents, bases_tensors, read_tensors, trained_tensors
+from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
-from interop.folder import CONFIG_HASH, CONFIG_NAME, WEIGHTS_NAME, ConfigFile, digest, open_pair, replace_pair
+from interop.folder import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    ConfigFile,
+    adapter_folders,
+    open_pair,
+    replace_pair,
+)
+from interop.integrity import not_finite
+from interop.notes import NOTES_KEY, check_bases, check_tensors, make_notes, read_notes
 from interop.shapes import shared_dims
-from interop.tensorfile import safetensors_parts
+from interop.strictjson import parse_object
+from interop.tensorfile import LazyTensor, TensorFileError, safetensors_parts
 
-FORMAT_VERSION = 1
+BASES = ("one", "none", "per-layer")  # how many copies a file holds
+DEFAULT_NAME = "default"  # of the adapter that stands in the folder itself
 
 
-def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Adapter:
+def adapter_names(directory: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Names of the adapters in a folder: "default" for the folder itself, and those of PEFT's sub-folders.
+
+    Raises:
+        FileNotFoundError: the folder does not exist, or holds no adapter.
+    """
+    directory = Path(directory)
+    inside = adapter_folders(directory) if directory.is_dir() else []
+    names = (*([DEFAULT_NAME] if (directory / CONFIG_NAME).is_file() else []), *inside)
+    if not names:
+        raise FileNotFoundError(f"{directory} holds no adapter: neither {CONFIG_NAME} nor a sub-folder with one.")
+    return names
+
+
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    recipe: str | None = None,
+    lazy: bool = False,
+) -> Adapter:
     """Read an adapter folder written by us or by PEFT. Nothing in it is ignored and nothing is executed.
 
     After a save that was killed, and while another process saves, this gives the old adapter or the new one, never a
@@ -43,24 +66,32 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
 
     Args:
         directory: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: Which of the adapters that PEFT saved together, each in a sub-folder; by default, and as
+            "default", the one in the folder itself.
         recipe: The recipe of the bases (`interop.RECIPES`), for a file of RandLoRA that holds no bases and does not
             name it. Without it, today's torch is assumed and a warning says so.
+        lazy: Leave all but the bases in the file, which stays open, until numpy asks for it (`LazyTensor`): for what
+            takes one layer after the other. Everything is checked now, all the same.
 
     Raises:
         FileNotFoundError: the folder or one of its two files does not exist.
-        AdapterFormatError: the content is malformed, incomplete, has left-over tensors, or contradicts itself.
+        AdapterFormatError: the content is malformed, incomplete, damaged, has left-over tensors, inf or nan, or
+            contradicts itself.
         OSError: another process saves there again and again, without a moment's rest.
     """
-    directory = Path(directory)
+    parent, directory = Path(directory), _folder_of(directory, adapter_name)
+    if directory != parent and parent.is_dir() and not directory.is_dir():
+        raise FileNotFoundError(f"{parent} holds no adapter {adapter_name!r}: it has {list(adapter_names(parent))}.")
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is not known: choose one of {list(RECIPES)}.")
     path = directory / WEIGHTS_NAME
     try:
         with open_pair(directory) as (file, found):
             config = _parse_config(found)
-            contents = read_tensors(path, file, config)
-            notes = _read_notes(path, file.metadata() or {})
-    except SafetensorError as error:
+            notes = read_notes(path, file.metadata)
+            kept = file.again() if lazy else None
+            contents = read_tensors(path, file, config, read=kept and functools.partial(LazyTensor, kept))
+    except TensorFileError as error:
         raise AdapterFormatError(
             f"{path} is not a valid safetensors file ({error}). Copy or download it again."
         ) from error
@@ -70,7 +101,23 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
         raise AdapterFormatError(f"{path}: {error}") from error
 
 
-def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
+def _folder_of(directory: str | os.PathLike[str], adapter_name: str | None) -> Path:
+    """Where an adapter of that name stands in a folder, as PEFT puts it."""
+    if adapter_name in (None, DEFAULT_NAME):
+        return Path(directory)
+    if adapter_name in ("", ".", "..") or not set("/\\\0").isdisjoint(adapter_name):
+        raise ValueError(f"adapter_name={adapter_name!r} cannot be the name of a sub-folder: leave out '/' and '\\'.")
+    return Path(directory) / adapter_name
+
+
+def save(
+    adapter: Adapter,
+    directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    bases: str | None = None,
+    model_card: bool = True,
+) -> None:
     """Write an adapter as PEFT's two files, with one copy of the bases or, if `save_projection=False`, none.
 
     The same adapter always gives the same bytes. The two files replace those of an earlier save as one: whatever
@@ -79,28 +126,48 @@ def save(adapter: Adapter, directory: str | os.PathLike[str]) -> None:
     `exclude_modules`, the file names the adapted layers instead, so that PEFT, which reads those otherwise, adapts the
     same ones.
 
+    Args:
+        adapter: Any; it is not changed.
+        directory: The folder, made if there is none.
+        adapter_name: As for `load`: another name than "default" is that of a sub-folder.
+        bases: "one" copy; "none", to be rebuilt from the seed; or "per-layer", one more copy for each adapted layer, as
+            PEFT <= 0.21.2 writes them and transformers' own `model.load_adapter` needs them. By default "one" or
+            "none", as `save_projection` says.
+        model_card: Whether to write a README.md beside them, unless there is one by somebody else.
+
     Raises:
-        ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet.
+        ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet, or a number of the
+            adapter is inf or nan.
         OSError: a file cannot be written, or another process saved there at once and no lock could prevent it.
     """
-    tensors = to_tensors(adapter, with_bases=_saves_bases(adapter))
-    directory = Path(directory)
+    directory = _folder_of(directory, adapter_name)
+    adapter = _with_bases_as(adapter, bases)
+    trained, shared = trained_tensors(adapter), bases_tensors(adapter, per_layer=bases == "per-layer")
+    _refuse_not_finite(trained)
     if directory.exists() and not directory.is_dir():
         raise NotADirectoryError(
             f"{directory} is a file: pass the folder to write {CONFIG_NAME} and {WEIGHTS_NAME} to."
         )
     directory.mkdir(parents=True, exist_ok=True)
     config = _config_on_disk(adapter).to_json().encode()
-    notes = {**_notes(adapter), CONFIG_HASH: digest(config)}
-    metadata = {"format": "pt", "randlora": json.dumps(notes, sort_keys=True)}
+    metadata = {"format": "pt", NOTES_KEY: json.dumps(make_notes(adapter, trained, config), sort_keys=True)}
+    tensors = trained | (shared if getattr(adapter.config, "save_projection", False) else {})
     replace_pair(directory, config, safetensors_parts(tensors, metadata))
+    if model_card:
+        write_card(adapter, directory)
 
 
-def _saves_bases(adapter: Adapter) -> bool:
-    """Whether the bases go into the file, after checking that none are lost."""
+def _with_bases_as(adapter: Adapter, bases: str | None) -> Adapter:
+    """The adapter with the config that says whether its file holds bases, after checking that none are lost."""
+    if bases not in (None, *BASES):
+        raise ValueError(f"bases={bases!r} is not known: choose one of {list(BASES)}.")
     config = adapter.config
     if isinstance(config, AdaLoraConfig):
-        return False
+        if bases not in (None, "none"):
+            raise ValueError(f"bases={bases!r}: an AdaLoRA adapter has no bases. Drop the argument.")
+        return adapter
+    if bases is not None:
+        config = dataclasses.replace(config, save_projection=bases != "none")
     if config.save_projection and adapter.bases is None:
         raise ValueError(
             "save_projection=True, but the bases of this adapter are not known: bind it to its model first"
@@ -111,7 +178,17 @@ def _saves_bases(adapter: Adapter) -> bool:
             "save_projection=False, but no recipe rebuilds the bases of this adapter, so they would be lost:"
             " save it with save_projection=True."
         )
-    return config.save_projection
+    return dataclasses.replace(adapter, config=config)
+
+
+def _refuse_not_finite(tensors: Mapping[str, Any]) -> None:
+    wrong = [f"{key} holds inf or nan" for key in not_finite(tensors)]
+    if wrong:
+        raise ValueError(
+            bulleted(
+                "the adapter is not saved, as it could not be loaded; an earlier save stays. Training diverged", wrong
+            )
+        )
 
 
 def _config_on_disk(adapter: Adapter) -> AdapterConfig:
@@ -123,53 +200,9 @@ def _config_on_disk(adapter: Adapter) -> AdapterConfig:
 
 def _parse_config(file: ConfigFile) -> AdapterConfig:
     try:
-        fields = json.loads(file.content.decode("utf-8-sig"))
-        if not isinstance(fields, dict):
-            raise ValueError(f"holds a JSON {type(fields).__name__}, not an object")
-        return AdapterConfig.from_dict({"inference_mode": True, **fields})
-    except (ValueError, TypeError, RecursionError) as error:
+        return AdapterConfig.from_dict({"inference_mode": True, **parse_object(file.content)})
+    except (ValueError, TypeError) as error:
         raise AdapterFormatError(f"{file.path} is not a valid config of an adapter: {error}") from error
-
-
-def _read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Our own metadata, checked for types; {} for a file by PEFT."""
-    text = metadata.get("randlora")
-    if text is None:
-        return {}
-    try:
-        notes = json.loads(text)
-        version = notes["format_version"]
-        if version > FORMAT_VERSION:
-            raise AdapterFormatError(
-                f"{path} has format_version {version}, this release reads up to {FORMAT_VERSION}: upgrade randlora."
-            )
-        sizes = [notes[name] for name in ("max_dim", "min_dim") if notes.get(name) is not None]
-        sizes += [size for shape in (notes.get("shapes") or {}).values() for size in _pair(shape)]
-        texts = [notes[name] for name in ("recipe", "bases_sha256", CONFIG_HASH) if notes.get(name) is not None]
-        if not all(type(size) is int and size > 0 for size in sizes) or not all(type(text) is str for text in texts):
-            raise TypeError("sizes must be positive integers, the recipe and SHA-256 sums strings")
-        return notes
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise AdapterFormatError(f"{path}: the metadata entry 'randlora' is malformed ({error!r}).") from error
-
-
-def _pair(shape: Any) -> Any:
-    if not isinstance(shape, list) or len(shape) != 2:
-        raise TypeError(f"the shape {shape!r} is not a pair (out, in)")
-    return shape
-
-
-def _notes(adapter: Adapter) -> dict[str, Any]:
-    dims = None if adapter.bases is None else adapter.bases.dims
-    rebuilt = adapter.bases is None or recipe_gives_A(adapter.config, adapter.bases, adapter.recipe)
-    return {
-        "format_version": FORMAT_VERSION,
-        "recipe": adapter.recipe if rebuilt else None,  # bases that were changed since have none
-        "bases_sha256": None if adapter.bases is None else bases_digest(adapter.bases),
-        "max_dim": dims and dims.max_dim,
-        "min_dim": dims and dims.min_dim,
-        "shapes": adapter.shapes and {name: list(shape) for name, shape in adapter.shapes.items()},
-    }
 
 
 def _assemble(
@@ -199,12 +232,13 @@ def _assemble(
         shapes=shapes and {name: tuple(shape) for name, shape in shapes.items()},
         saved_weights=contents.saved_weights,
     )
+    check_tensors(trained_tensors(adapter), notes)
     if isinstance(config, AdaLoraConfig):
         return adapter
     if bases is None:
         return _without_bases(path, adapter, notes)
     if notes:
-        _check_digest(bases, notes, "The file was damaged or edited.")
+        check_bases(bases, notes, "The file was damaged or edited.")
     made_by = noted or identify_recipe(config, bases)
     if recipe not in (None, made_by) and not config.ternary:
         raise AdapterFormatError(
@@ -224,7 +258,7 @@ def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapt
             bases = make_bases(adapter.config, **dims, recipe=notes["recipe"])
         except (ValueError, MemoryError) as error:
             raise AdapterFormatError(f"its bases cannot be rebuilt: {error}") from error
-        _check_digest(bases, notes, "The seed or r in adapter_config.json was changed.")
+        check_bases(bases, notes, "The seed or r in adapter_config.json was changed.")
         return dataclasses.replace(adapter, bases=bases)
     if adapter.config.save_projection and adapter.recipe is None:
         raise AdapterFormatError(
@@ -238,9 +272,3 @@ def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapt
             stacklevel=4,
         )
     return adapter
-
-
-def _check_digest(bases: Bases, notes: dict[str, Any], cause: str) -> None:
-    want, got = notes.get("bases_sha256"), bases_digest(bases)
-    if want != got:
-        raise AdapterFormatError(f"the bases have SHA-256 {got}, the file was written with {want}. {cause}")

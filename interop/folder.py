@@ -9,7 +9,6 @@ If the config stays the same, only the weights move. The weights record the hash
 
 import contextlib
 import hashlib
-import json
 import os
 import secrets
 import threading
@@ -18,9 +17,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from interop.errors import AdapterFormatError
+from interop.strictjson import MAX_BYTES, JSONError, parse_object
+from interop.tensorfile import TensorFile, TensorFileError
 
 try:
     import fcntl
@@ -31,7 +30,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 BACKUP_NAME = f".{CONFIG_NAME}.old"
-CONFIG_HASH = "config_sha256"
+NOTES_KEY, CONFIG_HASH = "randlora", "config_sha256"  # where in the metadata weights know their config by its hash
 LOOKS, SURE, PAUSE = 50, 3, 0.01  # looks at a folder, looks that make sure of what seems wrong, seconds between them
 PATIENCE, STALE = 600.0, 3600.0  # seconds to wait for another saver, and after which its files count as forgotten
 
@@ -80,7 +79,7 @@ def replace_pair(directory: Path, config: bytes, weights: Iterable[Any]) -> None
 
 
 @contextlib.contextmanager
-def open_pair(directory: Path) -> Iterator[tuple[Any, ConfigFile]]:
+def open_pair(directory: Path) -> Iterator[tuple[TensorFile, ConfigFile]]:
     """Open the weights and read the config that belongs to them, also while a save replaces both or after its kill.
 
     While the weights stay the same, the config in place is theirs, or one edited by hand: see the steps above. But
@@ -90,6 +89,7 @@ def open_pair(directory: Path) -> Iterator[tuple[Any, ConfigFile]]:
     Raises:
         FileNotFoundError: the folder or one of its two files does not exist.
         AdapterFormatError: the only weights are a pickle.
+        TensorFileError: the weights are no valid safetensors file.
         OSError: saves go on so fast that no look at the folder falls between two of them.
     """
     path = directory / WEIGHTS_NAME
@@ -97,9 +97,8 @@ def open_pair(directory: Path) -> Iterator[tuple[Any, ConfigFile]]:
     for _ in range(LOOKS):
         if not path.is_file():
             raise _missing(directory, WEIGHTS_NAME if (directory / CONFIG_NAME).is_file() else CONFIG_NAME)
-        before = _version(path)
-        with safe_open(path, framework="numpy") as file:
-            recorded = _recorded_hash(file)
+        with TensorFile(path) as file:
+            before, recorded = _version(file.fileno()), _recorded_hash(file)
             config = _config_of(directory, recorded)
             as_expected = config is not None and recorded in (None, digest(config.content))
             if _version(path) == before and (as_expected or doubted.count(before) + 1 >= SURE):
@@ -239,31 +238,38 @@ def _is_stale(path: Path) -> bool:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        with open(path, "rb") as file:
+            return file.read(MAX_BYTES + 1)  # `parse_object` refuses what is longer
     except FileNotFoundError:
         return None
 
 
-def _version(path: Path) -> tuple[int, ...]:
-    status = path.stat()
+def _version(file: Path | int) -> tuple[int, ...]:
+    """What tells a file from another one in its place."""
+    status = os.stat(file)
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _hash_in(weights: Path) -> str | None:
     try:
-        with safe_open(weights, framework="numpy") as file:
+        with TensorFile(weights) as file:
             return _recorded_hash(file)
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, TensorFileError):
         return None
 
 
-def _recorded_hash(file: Any) -> str | None:
+def _recorded_hash(file: TensorFile) -> str | None:
     """The config's hash in the weights' notes; None for PEFT's weights. What is malformed is for `load` to refuse."""
     try:
-        recorded = json.loads((file.metadata() or {})["randlora"])[CONFIG_HASH]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        recorded = parse_object(file.metadata[NOTES_KEY].encode())[CONFIG_HASH]
+    except (JSONError, KeyError):
         return None
     return recorded if isinstance(recorded, str) else None
+
+
+def adapter_folders(directory: Path) -> list[str]:
+    """Names of the sub-folders that hold an adapter: PEFT writes one for each adapter that is not called "default"."""
+    return sorted(child.name for child in directory.iterdir() if (child / CONFIG_NAME).is_file())
 
 
 def _missing(directory: Path, name: str) -> Exception:
@@ -274,6 +280,6 @@ def _missing(directory: Path, name: str) -> Exception:
             f"{directory} holds adapter_model.bin, a pickle, which can run code when it is read. Load it with PEFT and"
             " write it again with model.save_pretrained(folder, safe_serialization=True)."
         )
-    inside = sorted(child.name for child in directory.iterdir() if (child / CONFIG_NAME).is_file())
-    hint = f" Its sub-folders {inside} do: PEFT writes one per adapter name." if inside else ""
+    inside = adapter_folders(directory)
+    hint = f" Its sub-folders {inside} do, one per adapter name: pass adapter_name, or one of them." if inside else ""
     return FileNotFoundError(f"{directory} holds no {name}.{hint}")

@@ -6,6 +6,9 @@ Everything here follows from a layer's (out, in) shape and the rank r alone, so 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+MAX_SIDE = 2**24  # of a layer: what is larger is a damaged or malicious file
+MAX_BASIS = 2**32  # numbers in B; all linear layers of Llama-3.1-405B take 2.8e9
+
 
 class Dims(NamedTuple):
     """The two sizes that one pair of bases is made for; both are shared by every layer of an adapter."""

@@ -1,27 +1,238 @@
-"""The bytes of a safetensors file: the same for the same tensors.
+"""safetensors files: read with every offset checked, tensor by tensor; written as the same bytes for the same tensors.
 
-The safetensors library orders metadata at random, so equal adapters would give unequal files. Its README specifies the
-format: u64 header length, JSON header padded with spaces to 8 bytes, tensors without gaps, widest dtype first.
+The safetensors library maps a file into memory and copies out of it, takes the last of two equal keys, and orders
+metadata at random. Adapters here are untrusted, may be larger than half the memory, and are compared byte by byte. Its
+README specifies the format: u64 header length, JSON header padded to 8 bytes, tensors without gaps or overlaps.
 """
 
 import json
+import math
+import os
 import struct
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
 
+from interop.strictjson import MAX_BYTES, JSONError, parse_object
+
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"}
 _NAMES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
 DTYPES = {code: np.dtype(getattr(ml_dtypes, name, name)) for code, name in _NAMES.items()}
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MORE = {"U64": "uint64", "U32": "uint32", "U16": "uint16", "C64": "complex64"}
+_MORE |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+_MORE = {code: getattr(ml_dtypes, name, getattr(np, name, None)) for code, name in _MORE.items()}
+READABLE = DTYPES | {code: np.dtype(kind) for code, kind in _MORE.items() if kind}  # a base model may hold more
+_CODES = {dtype: code for code, dtype in READABLE.items()}
+MAX_AXES, MAX_SIZE = 16, 2**31 - 1  # of one tensor: axes, and the length of each
+_CHUNK = 1 << 22  # bytes
 
 
-def safetensors_parts(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> list[Any]:
-    """Header and buffers of a safetensors file, in one fixed order and without copying the tensors."""
+class TensorFileError(ValueError):
+    """The bytes are no safetensors file, or one that contradicts itself."""
+
+
+class _Entry(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # in bytes from the beginning of the file
+    nbytes: int
+
+
+class TensorFile:
+    """An open safetensors file. The header is checked as a whole, then tensors are read when they are asked for.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        TensorFileError: the header is malformed, or contradicts itself or the length of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._file = open(self.path, "rb")
+        try:
+            self.metadata, self._entries = _read_header(self._file)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; `LazyTensor`s of it stay readable."""
+        self._file.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            self.close()
+
+    def keys(self) -> list[str]:
+        """The names of the tensors, sorted."""
+        return sorted(self._entries)
+
+    def dtype(self, key: str) -> np.dtype:
+        """The dtype of a tensor."""
+        return self._entries[key].dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of a tensor."""
+        return self._entries[key].shape
+
+    def tensor(self, key: str) -> np.ndarray:
+        """A tensor, in memory of its own.
+
+        Raises:
+            TensorFileError: the file became shorter since it was opened.
+        """
+        entry = self._entries[key]
+        array = np.empty(entry.shape, entry.dtype)
+        if entry.nbytes:
+            self._read_into(memoryview(array.reshape(-1).view(np.uint8)), entry.start)
+        return array
+
+    def chunks(self, key: str) -> Iterator[memoryview]:
+        """The bytes of a tensor in pieces, each of which is gone when the next is taken."""
+        entry = self._entries[key]
+        buffer = memoryview(bytearray(min(_CHUNK, entry.nbytes)))
+        for start in range(0, entry.nbytes, _CHUNK):
+            piece = buffer[: min(_CHUNK, entry.nbytes - start)]
+            self._read_into(piece, entry.start + start)
+            yield piece
+
+    def again(self) -> "TensorFile":
+        """The same open file with a life of its own, whatever has taken its place in the folder since."""
+        other = object.__new__(TensorFile)
+        other.path, other.metadata, other._entries = self.path, self.metadata, self._entries
+        other._file = open(os.dup(self._file.fileno()), "rb")
+        return other
+
+    def fileno(self) -> int:
+        """The descriptor of the open file."""
+        return self._file.fileno()
+
+    def _read_into(self, buffer: memoryview, start: int) -> None:
+        self._file.seek(start)
+        done = 0
+        while done < len(buffer):
+            count = self._file.readinto(buffer[done:])
+            if not count:
+                raise TensorFileError("it became shorter while it was read")
+            done += count
+
+
+class LazyTensor:
+    """A tensor of a file, read each time numpy is given it; for adapters that are looked at layer by layer."""
+
+    def __init__(self, file: TensorFile, key: str):
+        self._file, self._key = file, key
+        self.dtype, self.shape = file.dtype(key), file.shape(key)
+        self.ndim, self.size = len(self.shape), math.prod(self.shape)
+        self.nbytes = self.size * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"LazyTensor({self._key!r}, {self.dtype}, {self.shape})"
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self)[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self._file.tensor(self._key)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def astype(self, dtype: Any) -> np.ndarray:
+        """The tensor in another dtype."""
+        return np.asarray(self).astype(dtype)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """See `TensorFile.chunks`."""
+        return self._file.chunks(self._key)
+
+
+def byte_chunks(tensor: Any) -> Iterator[memoryview]:
+    """The bytes of an array or a `LazyTensor` in pieces."""
+    if isinstance(tensor, LazyTensor):
+        yield from tensor.chunks()
+        return
+    flat = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    yield from (flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK))
+
+
+def _read_header(file: Any) -> tuple[dict[str, str], dict[str, _Entry]]:
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    if len(prefix) < 8:
+        raise TensorFileError(f"it has {size} bytes, too few for a header")
+    length = struct.unpack("<Q", prefix)[0]
+    if length > min(size - 8, MAX_BYTES):
+        raise TensorFileError(
+            f"it says that its header has {length:,d} bytes; the file has {size:,d}, and {MAX_BYTES:,d} are allowed"
+        )
+    try:
+        header = parse_object(file.read(length))
+    except JSONError as error:
+        raise TensorFileError(f"the header {error}") from error
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise TensorFileError("__metadata__ in the header is not an object of strings")
+    first = 8 + length
+    entries = {key: _entry(key, fields, first, size) for key, fields in header.items()}
+    end = first
+    for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != end:
+            what = "overlaps another tensor" if entry.start < end else "leaves a gap before it"
+            raise TensorFileError(f"tensor {key!r} {what}")
+        end += entry.nbytes
+    if end != size:
+        raise TensorFileError(f"its tensors end after {end:,d} bytes, the file after {size:,d}")
+    return metadata, entries
+
+
+def _entry(key: str, fields: Any, first: int, size: int) -> _Entry:
+    if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
+        raise TensorFileError(f"the header entry of {key!r} does not have dtype, shape and data_offsets")
+    code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
+    if not isinstance(code, str) or code not in READABLE:
+        raise TensorFileError(f"tensor {key!r} has dtype {code!r}, which is not one of {sorted(READABLE)}")
+    if not _are_sizes(shape) or len(shape) > MAX_AXES or max(shape, default=0) > MAX_SIZE:
+        raise TensorFileError(
+            f"tensor {key!r} has the shape {str(shape)[:80]}: at most {MAX_AXES} sizes from 0 to {MAX_SIZE} are allowed"
+        )
+    dtype = READABLE[code]
+    nbytes = math.prod(shape) * dtype.itemsize
+    if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - first:
+        raise TensorFileError(f"tensor {key!r} has the data_offsets {str(offsets)[:80]}, which lie outside the file")
+    if offsets[1] - offsets[0] != nbytes:
+        raise TensorFileError(
+            f"tensor {key!r} is given {offsets[1] - offsets[0]:,d} bytes, but {code} {shape} takes {nbytes:,d}"
+        )
+    return _Entry(dtype, tuple(shape), first + offsets[0], nbytes)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def safetensors_parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """Header and buffers of a safetensors file, in one fixed order: the widest dtype first, then by name.
+
+    Args:
+        tensors: Arrays, or what has a `dtype`, `shape` and `nbytes` and becomes an array when its turn comes.
+        metadata: Texts by name.
+    """
     order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
     for key in order:
         start, end = end, end + tensors[key].nbytes
@@ -29,5 +240,7 @@ def safetensors_parts(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, 
         header[key] = {"dtype": _CODES[tensors[key].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    buffers = [np.ascontiguousarray(tensors[key]).reshape(-1).view(np.uint8).data for key in order]
-    return [struct.pack("<Q", len(text)), text, *buffers]
+    yield struct.pack("<Q", len(text))
+    yield text
+    for key in order:
+        yield from byte_chunks(tensors[key])

@@ -1,5 +1,6 @@
 """Adapter folders looked into and changed by other means than the package's own."""
 
+import hashlib
 import json
 
 from safetensors import safe_open
@@ -15,11 +16,15 @@ def weights(folder):
 
 
 def rewrite(folder, *, drop=(), add=None, notes=None, metadata=None):
-    """Write the folder's tensors again with some changed; `notes` updates our metadata, `metadata` replaces all."""
+    """Write the folder's tensors again with some changed; `notes` updates our metadata, `metadata` replaces all.
+
+    Changed tensors lose their SHA-256, so that what is wrong with them is found by other means.
+    """
     tensors, old = weights(folder)
     tensors = {key: value for key, value in tensors.items() if key not in drop} | (add or {})
     if metadata is None:
-        metadata = {"format": "pt", "randlora": json.dumps(json.loads(old["randlora"]) | (notes or {}))}
+        changed = {"tensors_sha256": None} if drop or add else {}
+        metadata = {"format": "pt", "randlora": json.dumps(json.loads(old["randlora"]) | changed | (notes or {}))}
     save_file(tensors, folder / WEIGHTS_NAME, metadata)
 
 
@@ -37,3 +42,11 @@ def same_arrays(a, b):
     for name, pair in a.items():
         for x, y in zip(pair, b[name], strict=True):
             assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes()), name
+
+
+def digest_of(tensors):
+    """The `tensors_sha256` of FORMAT.md, of tensors by key."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(tensors.items()):
+        digest.update("\0".join([key, str(tensor.dtype), str(tensor.shape), ""]).encode() + tensor.tobytes())
+    return digest.hexdigest()

@@ -34,7 +34,7 @@ def save_and_be_killed_at_every_line(adapter, start, outcomes):
         if not child:
             os.fsync = lambda _: None  # what a killed process wrote, the kernel keeps
             sys.settrace(kill_at_line(number))
-            save(adapter, target)
+            save(adapter, target, model_card=False)
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if status == 0:
@@ -45,7 +45,7 @@ def save_and_be_killed_at_every_line(adapter, start, outcomes):
 def save_by_turns(adapters, target):
     """Save one adapter after the other for ever; a line on stdout says that the first one is in place."""
     for number in itertools.count():
-        save(adapters[number % len(adapters)], target)
+        save(adapters[number % len(adapters)], target, model_card=False)
         if number == 0:
             print("saving", flush=True)
 

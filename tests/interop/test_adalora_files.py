@@ -21,7 +21,7 @@ from strategies import KEPT, LAYERS, SHAPES, draw_adalora, draw_adapter
 from interop import RECIPES, AdapterFormatError, convert, load, save
 from interop.cli import main
 from interop.folder import CONFIG_NAME, WEIGHTS_NAME
-from tests.interop.folders import both_files, edit_config, rewrite, same_arrays, weights
+from tests.interop.folders import both_files, digest_of, edit_config, rewrite, same_arrays, weights
 
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
 
@@ -98,11 +98,12 @@ def test_the_file_holds_pefts_keys_pefts_pattern_and_no_bases(folder):
         "min_dim": None,
         "shapes": {name: list(shape) for name, shape in LAYERS.items()},
         "config_sha256": hashlib.sha256((folder / CONFIG_NAME).read_bytes()).hexdigest(),
+        "tensors_sha256": digest_of(tensors),
     }
     fields = json.loads((folder / CONFIG_NAME).read_text())
     assert (fields["peft_type"], fields["inference_mode"]) == ("ADALORA", True)
     assert fields["rank_pattern"] == {f"{name}.lora_E": list(mask) for name, mask in KEPT.items()}
-    assert sorted(os.listdir(folder)) == [CONFIG_NAME, WEIGHTS_NAME]
+    assert sorted(os.listdir(folder)) == ["README.md", CONFIG_NAME, WEIGHTS_NAME]
 
 
 def test_a_file_without_our_notes_gives_the_same_adapter(folder):

@@ -313,13 +313,17 @@ def test_a_malformed_config_or_index_is_refused(tmp_path, text):
     write(tmp_path, plain_tensors())
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(
-        CheckpointFormatError, match=r"config\.json (is not valid JSON|holds a JSON (list|str)).* again"
+        CheckpointFormatError,
+        match=r"config\.json (is not valid JSON|holds a JSON (list|str)|is nested more than 64 levels).* again",
     ):
         read_folder(tmp_path)
     (tmp_path / "config.json").unlink()
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(CheckpointFormatError, match=r"index\.json (is not valid JSON|holds a JSON (list|str))"):
+    with pytest.raises(
+        CheckpointFormatError,
+        match=r"index\.json (is not valid JSON|holds a JSON (list|str)|is nested more than 64 levels)",
+    ):
         read_folder(tmp_path)
 
 
@@ -357,7 +361,7 @@ def test_files_that_are_cut_short_or_of_unknown_dtypes_are_refused(tmp_path):
     with pytest.raises(CheckpointFormatError, match="is not a valid safetensors file"):
         read_folder(tmp_path)
     write(tmp_path, {"x.weight": np.zeros(3, np.uint16)})
-    with pytest.raises(CheckpointFormatError, match=r"x\.weight: dtype U16 is not one of"):
+    with pytest.raises(CheckpointFormatError, match=r"x\.weight: dtype uint16 is not one of"):
         read_folder(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """The pair of files in a folder: failures while it is replaced, savers and readers at once, edits, leftovers."""
 
+import functools
 import itertools
 import json
 import os
@@ -15,11 +16,13 @@ from safetensors.numpy import load_file, save_file
 from strategies import draw_adapter
 
 from interop import folder as module
-from interop import load, save
+from interop import load
+from interop import save as save_with_card
 from interop.folder import BACKUP_NAME, CONFIG_NAME, WEIGHTS_NAME, digest, replace_pair
 
 OLD = draw_adapter(1)
 NEW = draw_adapter(2, shapes={"a": (8, 8), "b.c": (16, 4)}, r=2, randlora_alpha=3, save_projection=False)
+save = functools.partial(save_with_card, model_card=False)  # the card is no part of the pair
 BOTH = [CONFIG_NAME, WEIGHTS_NAME]
 
 

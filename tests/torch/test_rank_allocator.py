@@ -291,7 +291,11 @@ def test_the_state_lies_beside_the_adapter_while_training_is_not_finished(tmp_pa
     run.steps(7, 12)
     run.model.save_pretrained(tmp_path)
     assert not (tmp_path / STATE_NAME).exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_peft_passes_the_state_over(tmp_path):

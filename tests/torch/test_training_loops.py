@@ -184,7 +184,7 @@ def test_a_checkpoint_holds_the_adapter_and_no_weights_of_the_model(finished):
     names = {path.name for path in (finished.out / "checkpoint-2").iterdir()}
     of_trainer = {"optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin"}
     of_tokenizer = {"tokenizer.json", "tokenizer_config.json"} if finished.host == "SFTTrainer" else set()
-    assert names == {"adapter_config.json", "adapter_model.safetensors"} | of_trainer | of_tokenizer
+    assert names == {"README.md", "adapter_config.json", "adapter_model.safetensors"} | of_trainer | of_tokenizer
     adapter = interop.load(finished.out / f"checkpoint-{STEPS}")
     assert len(adapter.modules) == 6
     assert (finished.out / "checkpoint-2" / "adapter_model.safetensors").stat().st_size < 200_000
