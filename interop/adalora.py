@@ -1,4 +1,4 @@
-"""AdaLoRA (arXiv:2303.10512): its config, and its update `scaling * B (E * A)` in numpy.
+"""AdaLoRA (arXiv:2303.10512): its config, and what its factors are. `interop.delta` has the update they make.
 
 Number i of E, row i of A and column i of B are a triplet, as singular values and vectors are. Training starts with
 `init_r` triplets a layer and takes the least important ones away (`interop.schedule`); which ones, `rank_pattern` says.
@@ -216,12 +216,6 @@ def init_factors(config: AdaLoraConfig, shape: tuple[int, int], rng: np.random.G
 def factor_shapes(rank: int, shape: tuple[int, int]) -> SVDFactors:
     """Shapes of A (r, in), E (r, 1) and B (out, r) for a layer of shape (out, in)."""
     return SVDFactors((rank, shape[1]), (rank, 1), (shape[0], rank))
-
-
-def delta_weight(factors: SVDFactors, scaling: float) -> np.ndarray:
-    """`scaling * B (E * A)`, in the (out, in) orientation of torch, in float64."""
-    A, E, B = (part.astype(np.float64) for part in factors)
-    return scaling * (B @ (E * A))
 
 
 def keep_triplets(factors: SVDFactors, mask: Sequence[bool]) -> SVDFactors:

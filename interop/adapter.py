@@ -4,8 +4,8 @@ Conversion between stacks is renaming arrays to and from this form; it never tra
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -13,18 +13,12 @@ from interop import adalora
 from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.bases import BFLOAT16, DEFAULT_RECIPE, FLOAT16, Bases, make_bases
 from interop.config import RandLoraConfig
+from interop.delta import Factors, product_blocks
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
 from interop.shapes import MAX_SIDE, bases_shapes, factor_shapes, num_bases, shared_dims
 
 FLOAT_DTYPES = (np.dtype(np.float32), BFLOAT16, FLOAT16)  # what factors and bases may be stored in
-
-
-class Factors(NamedTuple):
-    """The trainable part of one layer: lambda (r, n) scales basis columns, gamma (n, min(out, in)) rows of A."""
-
-    lam: Any  # an array of numpy's here, of the framework's in the stacks
-    gamma: Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,8 +80,8 @@ class Adapter:
     def delta_weight(self, module: str, shape: tuple[int, int] | None = None) -> np.ndarray:
         """The update of one layer in torch's (out, in) orientation, computed in float64.
 
-        RandLoRA: `s * B (lambda * A * gamma)`, arXiv:2502.00987 up to PEFT's pairing of flat indices: row `k*n + b` of
-        the scaled A meets column `b*r + k` of B, transposed where the short side is the output. AdaLoRA: `s B (E A)`.
+        RandLoRA: `s * B (lambda * A * gamma)` (arXiv:2502.00987), AdaLoRA: `s * B (E * A)` (arXiv:2303.10512); see
+        `interop.delta`.
 
         Args:
             module: One of `adapter.modules`.
@@ -98,16 +92,42 @@ class Adapter:
             ValueError: the shape is unknown or does not fit, or the adapter has no bases.
         """
         shape = resolve_shape(self, module, shape)
-        if isinstance(self.config, AdaLoraConfig):
-            return adalora.delta_weight(self.factors[module], self.config.scaling)
-        assert self.bases is not None  # resolve_shape saw to it
-        lam, gamma = (part.astype(np.float64) for part in self.factors[module])
-        n, min_dim = gamma.shape
-        A = self.bases.A[:, 0, :min_dim].astype(np.float64)
-        B = self.bases.B[: max(shape), :n].astype(np.float64)
-        scaled_A = lam[:, :, None] * A[:, None, :] * gamma  # (r, n, min_dim)
-        delta = self.config.scaling * (B.reshape(max(shape), -1) @ scaled_A.reshape(-1, min_dim))
-        return delta if shape[1] == min_dim else delta.T
+        delta = np.empty(shape)
+        for where, block in self.delta_blocks(module, shape):
+            delta[where] = block
+        return delta
+
+    def delta_blocks(
+        self, module: str, shape: tuple[int, int] | None = None, *, size: int = 1024
+    ) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+        """`delta_weight` in blocks along the longer side, and where each belongs, so that it need not exist as a whole.
+
+        Args:
+            module: See `delta_weight`.
+            shape: See `delta_weight`.
+            size: Length of a block.
+
+        Raises:
+            KeyError, ValueError: see `delta_weight`.
+        """
+        shape = resolve_shape(self, module, shape)
+        return product_blocks(self.factors[module], self.bases, shape, scaling=self.config.scaling, size=size)
+
+    def layer(self, module: str, shape: tuple[int, int] | None = None) -> "Adapter":
+        """An adapter of this one layer, with no more of the bases than it uses, for what takes layer after layer.
+
+        Raises:
+            KeyError, ValueError: see `delta_weight`.
+        """
+        shape = resolve_shape(self, module, shape)
+        factors = {module: type(self.factors[module])(*map(np.asarray, self.factors[module]))}
+        config, bases = self.config.with_targets((module,)), self.bases
+        if isinstance(config, AdaLoraConfig):
+            config = config.with_kept({module: config.kept(module)})
+        elif bases is not None:
+            n, min_dim = factors[module].gamma.shape
+            bases = Bases(bases.A[:, :, :min_dim], bases.B[: max(shape), :n])
+        return Adapter(config=config, factors=factors, bases=bases, recipe=None, shapes={module: shape})
 
     def bind(self, shapes: Mapping[str, tuple[int, int]]) -> "Adapter":
         """This adapter on a model: (out, in) of each adapted layer known and checked, the bases made if missing.

@@ -9,10 +9,10 @@ from interop.adapter import Adapter
 from interop.config import RandLoraConfig
 from interop.files import load
 
-_STACKS = {"jax": "randlora_jax", "torch": "randlora_torch"}
+STACKS = {"jax": "randlora_jax", "torch": "randlora_torch"}
 _ADAPTERS = {RandLoraConfig: "RandLoraAdapter", AdaLoraConfig: "AdaLoraAdapter"}  # what each stack calls them
 _MODEL_ROOTS = {"flax": "jax", "torch": "torch"}  # package that a model's base class comes from -> stack
-TARGETS = (*_STACKS, "peft")
+TARGETS = (*STACKS, "peft")
 
 
 def convert(source: Any, to: str) -> Any:
@@ -35,7 +35,7 @@ def convert(source: Any, to: str) -> Any:
     adapter = _as_adapter(source)
     if to == "peft":
         return adapter
-    return getattr(_stack(to), _ADAPTERS[type(adapter.config)]).from_interop(adapter)
+    return getattr(stack_module(to), _ADAPTERS[type(adapter.config)]).from_interop(adapter)
 
 
 def _as_adapter(source: Any) -> Adapter:
@@ -45,19 +45,41 @@ def _as_adapter(source: Any) -> Adapter:
         return load(source)
     if hasattr(source, "to_interop"):
         return source.to_interop()
-    for base in type(source).__mro__:
-        stack = _MODEL_ROOTS.get(base.__module__.split(".")[0])
-        if stack is not None:
-            return _stack(stack).extract(source).to_interop()
+    stack = model_stack(source)
+    if stack is not None:
+        return stack_module(stack).extract(source).to_interop()
     raise TypeError(
         f"source is a {type(source).__name__}, which holds no adapter: pass a folder, an Adapter of any kind, or"
         " a torch or Flax NNX model with an adapter attached."
     )
 
 
-def _stack(name: str) -> Any:
+def model_stack(model: Any) -> str | None:
+    """The name of the stack that a model belongs to by its class, or None."""
+    roots = (base.__module__.split(".")[0] for base in type(model).__mro__)
+    return next((_MODEL_ROOTS[root] for root in roots if root in _MODEL_ROOTS), None)
+
+
+def model_logits(model: Any, inputs: Any) -> Any:
+    """What a model of any stack, or another function, gives for inputs in numpy: an array, or an output with logits."""
+    stack = model_stack(model)
+    given = model(inputs) if stack is None else stack_inference(stack).call(model, inputs)
+    return getattr(given, "logits", given)
+
+
+def stack_inference(name: str) -> Any:
+    """The module of a stack that calls models."""
+    return importlib.import_module(f"{stack_module(name).__name__}.inference")
+
+
+def stack_module(name: str) -> Any:
+    """The package of a stack.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
     try:
-        return importlib.import_module(_STACKS[name])
+        return importlib.import_module(STACKS[name])
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith(("randlora", "interop")):
             raise

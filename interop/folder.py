@@ -239,7 +239,8 @@ def _is_stale(path: Path) -> bool:
 def _content(path: Path) -> bytes | None:
     try:
         with open(path, "rb") as file:
-            return file.read(MAX_BYTES + 1)  # `parse_object` refuses what is longer
+            size = os.fstat(file.fileno()).st_size
+            return file.read(min(size, MAX_BYTES) + 1)  # `parse_object` refuses what is longer
     except FileNotFoundError:
         return None
 

@@ -36,7 +36,7 @@ class ModelFolder:
     def __init__(self, folder: str | os.PathLike[str]):
         self.path = Path(folder)
         config = self.path / CONFIG_NAME
-        self.config = _read_json(config) if config.is_file() else {}
+        self.config = read_json(config) if config.is_file() else {}
         self.files: dict[str, TensorFile] = {}
         self._places: dict[str, TensorFile] = {}
         try:
@@ -87,7 +87,12 @@ class ModelFolder:
         return self._places[key].tensor(key)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a model's folder.
+
+    Raises:
+        CheckpointFormatError: it is malformed.
+    """
     try:
         return parse_object(path.read_bytes())
     except JSONError as error:
@@ -102,7 +107,7 @@ def _files(folder: Path) -> Iterator[tuple[Path, set[str] | None]]:
     index = folder / INDEX_NAME
     if not index.is_file():
         raise _no_weights(folder)
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointFormatError(f"{index} has no weight_map from tensors to files. Copy or download it again.")
     expected = defaultdict(set)

@@ -1,0 +1,53 @@
+"""`randlora verify`: that nothing was lost between two adapter folders, by three independent computations."""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interop.commands.shared import add_json, show
+from interop.convert import STACKS, stack_inference
+from interop.modelfolder import CONFIG_NAME, read_json
+from interop.progress import progress
+from interop.verify import TOLERANCE, verify
+
+HELP = "check that two adapter folders are the same update in numpy, JAX and torch: exit code 0 if so, 1 if not"
+EXAMPLES = """\
+randlora verify adapter rewritten
+randlora verify adapter                                          what is installed computes the same from it
+randlora verify adapter rewritten --stacks torch --json
+randlora verify adapter rewritten --stacks none --logits base    the logits of a model, too
+"""
+TOKENS = (2, 32)  # batch, length
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments."""
+    parser.add_argument("a", type=Path, metavar="A", help="what is right: an adapter folder")
+    parser.add_argument("b", type=Path, metavar="B", nargs="?", help="what it became: another one")
+    choices = (*STACKS, "none")
+    parser.add_argument("--stacks", nargs="+", choices=choices, help="what computes besides numpy; by default all")
+    parser.add_argument("--logits", type=Path, metavar="BASE", help="compare logits in torch, on this folder")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"of relative errors; {TOLERANCE:.0e}")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the table."""
+    stacks = None if options.stacks is None else [name for name in options.stacks if name != "none"]
+    logits = {} if options.logits is None else _logits(options.logits, options.a, options.b or options.a)
+    found = verify(options.a, options.b, stacks=stacks, tolerance=options.tolerance, progress=progress, **logits)
+    show(found, options.json)
+    return 0 if found.passed else 1
+
+
+def _logits(base: Path, *adapters: Path) -> dict[str, Any]:
+    """Models, each loaded when it is called, and token ids that no tokenizer is needed for."""
+    call = stack_inference("torch").adapted_logits
+    vocabulary = read_json(base / CONFIG_NAME).get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise ValueError(f"{base / CONFIG_NAME} gives no vocab_size: logits are compared for language models only.")
+    inputs = np.random.default_rng(0).integers(0, vocabulary, TOKENS)
+    return {"models": [functools.partial(call, base, adapter) for adapter in adapters], "inputs": inputs}
