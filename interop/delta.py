@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from interop.adalora import SVDFactors
 from interop.bases import Bases
@@ -21,25 +22,27 @@ class Factors(NamedTuple):
 
 
 def product_blocks(
-    factors: Factors | SVDFactors, bases: Bases | None, shape: tuple[int, int], *, scaling: float, size: int
+    factors: Factors | SVDFactors,
+    bases: Bases | None,
+    shape: tuple[int, int],
+    *,
+    scaling: float,
+    size: int = 1024,
+    dtype: DTypeLike = np.float64,
 ) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
     """The update of a layer of shape (out, in), in blocks of `size` along its longer side, each with its place."""
     wide = shape[0] < shape[1]
     if isinstance(factors, SVDFactors):
-        A, E, B = (part.astype(np.float64) for part in factors)
-        long, short = ((E * A).T, B.T) if wide else (B, E * A)
+        A, E, B = (part.astype(dtype) for part in factors)
+        long, short = ((E * A).T, scaling * B.T) if wide else (B, scaling * E * A)
     else:
         assert bases is not None
-        long, short = bases.B[: max(shape), : len(factors.gamma)], _scaled_A(factors, bases)
+        lam, gamma = (part.astype(dtype) for part in factors)
+        n, min_dim = gamma.shape
+        A = bases.A[:, 0, :min_dim].astype(dtype)
+        scaled_A = (scaling * lam)[:, :, None] * A[:, None, :] * gamma  # (r, n, min_dim)
+        long, short = bases.B[: max(shape), :n], scaled_A.reshape(-1, min_dim)
     for start in range(0, max(shape), size):
         rows = slice(start, min(start + size, max(shape)))
-        block = scaling * (long[rows].astype(np.float64).reshape(rows.stop - start, -1) @ short)
+        block = long[rows].astype(dtype).reshape(rows.stop - start, -1) @ short
         yield ((slice(None), rows), block.T) if wide else ((rows, slice(None)), block)
-
-
-def _scaled_A(factors: Factors, bases: Bases) -> np.ndarray:
-    """(r * n, min_dim)."""
-    lam, gamma = (part.astype(np.float64) for part in factors)
-    min_dim = gamma.shape[1]
-    A = bases.A[:, 0, :min_dim].astype(np.float64)
-    return (lam[:, :, None] * A[:, None, :] * gamma).reshape(-1, min_dim)

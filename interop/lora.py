@@ -14,6 +14,7 @@ import numpy as np
 from interop.adalora import SVDFactors
 from interop.adapter import Adapter
 from interop.compare import open_adapter
+from interop.delta import product_blocks
 from interop.folder import CONFIG_NAME, replace_pair
 from interop.strictjson import JSONError, parse_object
 from interop.tensorfile import DTYPES, safetensors_parts
@@ -158,8 +159,9 @@ def _truncated(adapter: Adapter, module: str, rank: int, dtype: np.dtype) -> tup
         U, S, V = _of_product(adapter.config.scaling * left * weights.T, right)
         blocks = adapter.delta_blocks(module)
     else:
-        dense = np.empty(_shape(adapter, module), np.float32)
-        for where, block in adapter.delta_blocks(module):
+        shape, scaling = _shape(adapter, module), adapter.config.scaling
+        dense = np.empty(shape, np.float32)
+        for where, block in product_blocks(factors, adapter.bases, shape, scaling=scaling, dtype=np.float32):
             dense[where] = block
         U, S, V = _of_dense(dense, rank)
         blocks = (((slice(i, i + 1024), slice(None)), dense[i : i + 1024]) for i in range(0, len(dense), 1024))

@@ -33,7 +33,11 @@ settings.register_profile("local", deadline=None, max_examples=25, suppress_heal
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
-OPT_IN = {"slow": "minutes long: run with -m slow", "gpu": "needs a CUDA device: run with -m gpu"}
+OPT_IN = {
+    "slow": "minutes long: run with -m slow",
+    "scale": "minutes, and gigabytes: run with -m scale",
+    "gpu": "needs a CUDA device: run with -m gpu",
+}
 
 
 def pytest_collection_modifyitems(config, items):
