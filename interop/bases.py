@@ -222,17 +222,21 @@ def _normalize(name: str, drawn: np.ndarray, config: RandLoraConfig, min_dim: in
             f" projection_prng_key={config.projection_prng_key}), so it cannot be normalized. {remedy}"
         )
     if ternary:
-        return drawn.astype(np.float32) * (np.float32(1) / np.float32(std))
+        values = drawn.astype(np.float32)
+        values *= np.float32(1) / np.float32(std)
+        return values
     # There are only 65536 half-precision numbers: divide each once (float32 quotient, rounded back), then look up.
     every = np.arange(1 << 16, dtype=np.uint16).view(drawn.dtype)
     with np.errstate(all="ignore"):
         quotient = (every.astype(np.float32) / np.float32(np.float32(std).astype(drawn.dtype))).astype(drawn.dtype)
-    return quotient[drawn.view(np.uint16)]
+    for chunk in _chunks(drawn):  # numpy makes 8 bytes of each index
+        chunk[...] = quotient[chunk.view(np.uint16)]
+    return drawn
 
 
 def _half_std(values: np.ndarray) -> float:
     """Sample standard deviation in float64, from a histogram of the 65536 bit patterns (nan for a single value)."""
-    counts = np.bincount(values.reshape(-1).view(np.uint16), minlength=1 << 16).astype(np.float64)
+    counts = sum(np.bincount(chunk.view(np.uint16), minlength=1 << 16) for chunk in _chunks(values)).astype(np.float64)
     present = counts > 0
     levels = np.arange(1 << 16, dtype=np.uint16)[present].view(values.dtype).astype(np.float64)
     counts = counts[present]

@@ -9,4 +9,4 @@ from flax import nnx
 
 def call(model: nnx.Module, inputs: np.ndarray) -> Any:
     """The model's output for token ids, or other inputs."""
-    return model(jnp.asarray(inputs))
+    return nnx.jit(lambda model, inputs: model(inputs))(model, jnp.asarray(inputs))
