@@ -47,7 +47,7 @@ def to_tensors(adapter: Adapter, *, with_bases: bool) -> dict[str, np.ndarray]:
     return tensors
 
 
-def read_tensors(path: Path, file: Any, config: AdapterConfig) -> Contents:
+def read_tensors(path: Path | str, file: Any, config: AdapterConfig) -> Contents:
     """Sort the tensors of an open safetensors file into factors, one copy of the bases, and what else there may be.
 
     Raises:

@@ -35,7 +35,7 @@ from interop.tensorfile import safetensors_parts
 FORMAT_VERSION = 1
 
 
-def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Adapter:
+def load(directory: str | os.PathLike[str], *, adapter_name: str | None = None, recipe: str | None = None) -> Adapter:
     """Read an adapter folder written by us or by PEFT. Nothing in it is ignored and nothing is executed.
 
     After a save that was killed, and while another process saves, this gives the old adapter or the new one, never a
@@ -43,6 +43,7 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
 
     Args:
         directory: The folder with `adapter_config.json` and `adapter_model.safetensors`.
+        adapter_name: None or "default" for the folder itself, another name for the sub-folder of that name.
         recipe: The recipe of the bases (`interop.RECIPES`), for a file of RandLoRA that holds no bases and does not
             name it. Without it, today's torch is assumed and a warning says so.
 
@@ -51,7 +52,8 @@ def load(directory: str | os.PathLike[str], *, recipe: str | None = None) -> Ada
         AdapterFormatError: the content is malformed, incomplete, has left-over tensors, or contradicts itself.
         OSError: another process saves there again and again, without a moment's rest.
     """
-    directory = Path(directory)
+    # To be replaced as a whole by the version that lists the sub-folders.
+    directory = Path(directory) if adapter_name in (None, "default") else Path(directory) / str(adapter_name)
     if recipe is not None and recipe not in RECIPES:
         raise ValueError(f"recipe={recipe!r} is not known: choose one of {list(RECIPES)}.")
     path = directory / WEIGHTS_NAME
