@@ -23,7 +23,7 @@ def extract(
     state_dict: Mapping[str, Tensor] | None = None,
     with_embeddings: bool = False,
 ) -> RandLoraAdapter | AdaLoraAdapter:
-    """An adapter attached to `model`, with the current values of its parameters (shared where they are whole).
+    """An adapter attached to `model`, with the current values of its parameters (shared where they are whole and ours).
 
     Of an AdaLoRA adapter, the triplets are left out that its `RankAllocator` took away and that are still zero.
 
