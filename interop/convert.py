@@ -51,12 +51,12 @@ def _as_adapter(source: Any, adapter_name: str | None, recipe: str | None) -> Ad
         return load(source, adapter_name=adapter_name, recipe=recipe)
     kind = type(source).__name__
     if recipe is not None:
-        raise ValueError(f"recipe={recipe!r} is for a folder, whose file may not name it; this is a {kind}.")
+        raise ValueError(f"recipe={recipe!r} is for a folder whose file names none, not for a source of type {kind}.")
     model_of = None if hasattr(source, "to_interop") else _model_of(source)
     if model_of is not None and not isinstance(source, Mapping):
         return _stack(model_of).extract(source, adapter_name).to_interop()
     if adapter_name is not None:
-        raise ValueError(f"adapter_name={adapter_name!r} is for a folder or a model; a {kind} has one adapter at most.")
+        raise ValueError(f"adapter_name={adapter_name!r} is for a folder or a model, not for a source of type {kind}.")
     if model_of is not None:
         return _stack(model_of).linen.extract_lazy(source).to_interop()
     adapter = source.to_interop() if hasattr(source, "to_interop") else source

@@ -15,8 +15,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from flax import nnx
+from flax import linen, nnx
 from safetensors.torch import load_file, save_file
+from stacks import without_type_checks
 from strategies import draw_adalora, draw_adapter
 
 import interop
@@ -306,3 +307,48 @@ def test_an_adapter_moves_from_any_source_to_any_target_and_back_without_a_chang
 @pytest.mark.parametrize("adapter", HALF)
 def test_in_half_precision_too(put, adapter, tmp_path):
     assert_moves_without_a_change(HALF[adapter](dtype=ml_dtypes.bfloat16), put, tmp_path)
+
+
+# --- What holds no adapter -------------------------------------------------------------------------------------------
+
+NOTHING = {
+    "a torch tensor": lambda: torch.zeros(2),
+    "a torch optimizer": lambda: torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))]),
+    "a torch state dict": lambda: TorchNet().state_dict(),
+    "a jax array": lambda: jnp.zeros(2),
+    "linen variables": lambda: {"params": {"up": {"kernel": linen.Partitioned(jnp.zeros((2, 2)), (None, None))}}},
+    "the state of an NNX model": lambda: nnx.state(NNXNet(jnp.float32), nnx.Param),
+}
+
+
+@pytest.mark.parametrize("source", NOTHING)
+def test_what_holds_no_adapter_is_told_what_does(source):
+    with pytest.raises(TypeError, match=r"which holds no adapter: pass a folder, .* linen variables of randlora_jax\."):
+        interop.convert(NOTHING[source](), "peft")
+
+
+@pytest.mark.parametrize("make", [lambda: linen.Dense(3), lambda: nnx.Param(jnp.zeros(2))], ids=["Dense", "Param"])
+def test_of_flax_only_nnx_models_and_variables_hold_adapters(make):
+    message = r"model is a (Dense|Param), not an nnx\.Module with an adapter attached\. In linen, the variables of"
+    with without_type_checks(), pytest.raises(TypeError, match=message):
+        interop.convert(make(), "peft")
+
+
+def test_a_model_without_an_adapter_has_none_to_give():
+    with pytest.raises(ValueError, match=r"no adapter is attached to this TorchNet\. Attach one first\."):
+        interop.convert(TorchNet(), "peft")
+    with pytest.raises(ValueError, match=r"the model has no adapter attached: attach\(model, config\) adds one"):
+        interop.convert(NNXNet(jnp.float32), "peft")
+
+
+def test_a_name_is_looked_up_on_the_model():
+    for put in (nnx_model_with_both_methods, torch_model_with_two):
+        model = put(randlora(), None).holds
+        with pytest.raises(ValueError, match=r"adapter 'third'.* has .*'(first|second)', '(first|second)'"):
+            interop.convert(model, "peft", adapter_name="third")
+    with pytest.raises(ValueError, match=r"has the adapters \['first', 'second'\]: pass adapter_name to say which one"):
+        interop.convert(model, "peft")
+    with pytest.raises(
+        ValueError, match=r"adapter_name='default' is for a folder or a model, not for a source of type dict"
+    ):
+        interop.convert(linen_params(randlora(), None).holds, "peft", adapter_name="default")
