@@ -515,7 +515,7 @@ def test_each_method_has_its_own_init():
     with pytest.raises(TypeError, match=r"one of AdaLoRA, .*: randlora_jax\.adalora\.init\(config, params, key=key\)"):
         with without_type_checks():
             init(config(), params(), layouts=LAYOUTS)
-    with pytest.raises(ValueError, match=r"AdaLoRA draws A and B at random: pass key=jax\.random\.key\(0\)\."):
+    with pytest.raises(ValueError, match=r"AdaLoRA draws A and B at random: pass key=jax\.random\.key\(0\), or rngs="):
         adalora.init(config(), params(), layouts=LAYOUTS)
 
 

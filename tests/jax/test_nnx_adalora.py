@@ -239,7 +239,9 @@ def test_an_optimizer_of_the_pytree_gives_an_inner_one_what_it_asks_for():
         seen.append((grads, params, value))
         return grads, state
 
-    model = attach(net(), hub())
+    model = nnx.Dict(mix=nnx.Dict(kernel=nnx.Param(jnp.ones((8, 3, 8)))))  # stacked in the middle
+    source = draw_adalora(shapes={f"mix.{i}": (8, 8) for i in range(3)})
+    attach(model, source, layouts={"mix": Layout((0,), (2,), (1,))})
     inner = optax.GradientTransformationExtraArgs(lambda params: seen.append(params) or (), update)
     tx, state = adalora.on_model(inner, model), nnx.state(model, RandLoraParam)
     tx.init(state)
