@@ -47,7 +47,7 @@ def open_adapter(source: Any, *, adapter_name: str | None = None, recipe: str | 
     """The adapter in a folder, from which each layer is read when it is looked at, or in anything `convert` takes."""
     if isinstance(source, str | os.PathLike):
         return load(source, adapter_name=adapter_name, recipe=recipe, lazy=True)
-    return convert(source, to="peft") if adapter_name is None else convert(source, to="peft", adapter_name=adapter_name)
+    return convert(source, to="peft", adapter_name=adapter_name)
 
 
 def layer_differences(

@@ -56,7 +56,9 @@ def bases_tensors(adapter: Adapter, *, per_layer: bool) -> dict[str, Any]:
     }
 
 
-def read_tensors(path: Path, file: Any, config: AdapterConfig, *, read: Callable[[str], Any] | None = None) -> Contents:
+def read_tensors(
+    path: Path | str, file: Any, config: AdapterConfig, *, read: Callable[[str], Any] | None = None
+) -> Contents:
     """Sort the tensors of an open safetensors file into factors, one copy of the bases, and what else there may be.
 
     Args:

@@ -160,6 +160,24 @@ class LazyTensor:
         return self._file.chunks(self._key)
 
 
+class Tensors(dict[str, np.ndarray]):
+    """Arrays by name, which are asked for as those of a `TensorFile` are."""
+
+    tensor = dict.__getitem__
+
+    def dtype(self, key: str) -> np.dtype:
+        """The dtype of an array."""
+        return self[key].dtype
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of an array."""
+        return self[key].shape
+
+    def chunks(self, key: str) -> Iterator[memoryview]:
+        """The bytes of an array in pieces."""
+        return byte_chunks(self[key])
+
+
 def byte_chunks(tensor: Any) -> Iterator[memoryview]:
     """The bytes of an array or a `LazyTensor` in pieces."""
     if isinstance(tensor, LazyTensor):

@@ -1,6 +1,6 @@
 """RandLoRA (arXiv:2502.00987) for JAX and Flax: pure functions on any pytree, and adapters attached to Flax models.
 
-AdaLoRA, on any pytree, is in `randlora_jax.adalora`.
+What AdaLoRA has besides, such as its own `init` and the allocator of ranks, is in `randlora_jax.adalora`.
 """
 
 from interop.adalora import AdaLoraConfig

@@ -1,13 +1,15 @@
 """AdaLoRA (arXiv:2303.10512) for any pytree of parameters: new adapters, the regularization, ranks, pruning.
 
-Everything that takes an adapter takes one of these: `effective_params`, `merge`, `lazy_params`, `load_adapter`,
-`accumulate_gradients`, `AdapterCheckpoints`, ...
+Everything that takes an adapter takes one of these: `attach`, `effective_params`, `merge`, `lazy_params`,
+`load_adapter`, `accumulate_gradients`, `AdapterCheckpoints`, ...
 
     config = adalora.AdaLoraConfig(init_r=12, target_r=4, tinit=50, tfinal=100, total_step=1000, target_modules=[...])
     adapter = adalora.init(config, params, key=jax.random.key(0))
     optimizer = adalora.rank_allocator(optax.adam(1e-3), adapter)
     ...  # the loss: task + adalora.orthogonal_loss(adapter.with_trainable(trainable))
     adalora.prune(adapter.with_trainable(trainable), state).save_pretrained("folder")
+
+On an NNX model, `on_model` makes an optimizer for `nnx.Optimizer` of the allocator.
 """
 
 import dataclasses
@@ -27,6 +29,7 @@ from randlora_jax.adalora_adapter import AdaLoraAdapter, stack_triplets
 from randlora_jax.adapter import to_host, weights_of
 from randlora_jax.kernels import find_kernels, is_stacked, named_leaves
 from randlora_jax.layouts import Layout
+from randlora_jax.nnx_optimizer import on_model
 from randlora_jax.rank_allocator import RankAllocatorState, find_state, rank_allocator
 from randlora_jax.selection import new_adapter
 from randlora_jax.sharding import like_kernels
@@ -37,6 +40,7 @@ __all__ = [
     "AdaLoraConfig",
     "RankAllocatorState",
     "init",
+    "on_model",
     "orthogonal_loss",
     "prune",
     "rank_allocator",
@@ -111,7 +115,7 @@ def prune(adapter: AdaLoraAdapter, state: Any) -> AdaLoraAdapter:
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((adapter, state))):
         raise TypeError("prune makes arrays of other shapes: call it on the results of a jitted function, not in it.")
-    masks, present = find_state(state).mask, adapter.present
+    masks, present = {name: mask[...] for name, mask in find_state(state).mask.items()}, adapter.present
     if {name: mask.shape for name, mask in masks.items()} != {name: rows.shape for name, rows in present.items()}:
         raise ValueError(
             "state is that of a rank_allocator for another adapter, or for this one before it was pruned: pass the"

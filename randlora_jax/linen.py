@@ -5,6 +5,7 @@ layer at hand, so that no second copy of the kernels exists at any time, as one 
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -12,15 +13,28 @@ import numpy as np
 from flax import linen as nn
 from flax import struct
 
+from interop.adalora import AdaLoraConfig
 from interop.bases import Bases
+from interop.fields import AdapterConfig
+from randlora_jax.adalora_adapter import AdaLoraAdapter
+from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import Captured
 from randlora_jax.kernels import AnyFactors, Kernel, align_factors, combine_kernel, unalign_factors
-from randlora_jax.linen_linear import RandLoraBases, RandLoraLinear, extract_adapter, insert_adapter
+from randlora_jax.layouts import module_name, path_parts
+from randlora_jax.linen_linear import TRAINABLE, RandLoraBases, RandLoraLinear, extract_adapter, insert_adapter
 from randlora_jax.params import map_kernels
 from randlora_jax.quantized import dequantize, is_quantized
 from randlora_jax.selection import AnyAdapter
 
-__all__ = ["RandLoraBases", "RandLoraBox", "RandLoraLinear", "extract_adapter", "insert_adapter", "lazy_params"]
+__all__ = [
+    "RandLoraBases",
+    "RandLoraBox",
+    "RandLoraLinear",
+    "extract_adapter",
+    "extract_lazy",
+    "insert_adapter",
+    "lazy_params",
+]
 
 Params = TypeVar("Params")
 
@@ -52,7 +66,7 @@ def lazy_params(params: Params, adapter: AnyAdapter) -> Params:
     captured = tuple(map(Captured, adapter.bases or ()))
 
     def box(leaf: Any, factors: AnyFactors, kernel: Kernel) -> RandLoraBox:
-        update = _Update(kernel, captured, adapter.config.scaling, adapter.dtype)
+        update = _Update(kernel, captured, adapter.config, adapter.recipe, adapter.dtype)
         return RandLoraBox(leaf, align_factors(factors, kernel), update)
 
     def other(leaf: Any) -> Any:
@@ -66,11 +80,12 @@ def lazy_params(params: Params, adapter: AnyAdapter) -> Params:
 
 @dataclasses.dataclass(frozen=True)
 class _Update:
-    """What a box knows of its update besides arrays that a scan may slice."""
+    """What a box knows of its adapter besides arrays that a scan may slice."""
 
     kernel: Kernel
     bases: tuple[Captured, ...]
-    scaling: float
+    config: AdapterConfig
+    recipe: str | None
     dtype: np.dtype | None
 
 
@@ -96,8 +111,8 @@ class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
         if self.update is None or self.factors is None:
             return weight
         factors, kernel = unalign_factors(self.factors, self.update.kernel, weight.shape)
-        bases = Bases(*(basis.array for basis in self.update.bases)) if self.update.bases else None
-        return combine_kernel(weight, bases, factors, kernel, scaling=self.update.scaling, dtype=self.update.dtype)
+        scaling, dtype = self.update.config.scaling, self.update.dtype
+        return combine_kernel(weight, _bases(self.update), factors, kernel, scaling=scaling, dtype=dtype)
 
     def replace_boxed(self, val: Any) -> "RandLoraBox":
         """The box with another frozen kernel."""
@@ -115,3 +130,46 @@ class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
         if not isinstance(self.value, nn.meta.AxisMetadata):
             return self
         return self.replace(value=getattr(self.value, method)(*arguments))
+
+
+def _bases(update: _Update) -> Bases | None:
+    return Bases(*(basis.array for basis in update.bases)) if update.bases else None
+
+
+def extract_lazy(variables: Any) -> AnyAdapter:
+    """The adapter that `lazy_params` put into variables, with the factors as they are there now.
+
+    Raises:
+        ValueError: they hold no adapter, or parts of several.
+        TypeError: they are those of a model of `RandLoraLinear` layers, which do not hold the adapter's config.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda leaf: isinstance(leaf, RandLoraBox))
+    boxes = {
+        module_name(path_parts(path)): leaf
+        for path, leaf in leaves
+        if isinstance(leaf, RandLoraBox) and leaf.update is not None
+    }
+    if not boxes and isinstance(variables, Mapping) and TRAINABLE in variables:
+        raise TypeError(
+            "variables of RandLoraLinear layers do not hold the adapter's config: call"
+            " randlora_jax.linen.extract_adapter(variables, config) with the one that the model was built with."
+        )
+    updates = {name: box.update for name, box in sorted(boxes.items())}
+    if len({(update.config, update.bases, update.recipe, update.dtype) for update in updates.values()}) != 1:
+        what = "parts of several adapters" if boxes else "no adapter"
+        raise ValueError(f"the variables hold {what}: pass what one call of lazy_params(variables, adapter) gives.")
+    first = next(iter(updates.values()))
+    kernels = {name: update.kernel for name, update in updates.items()}
+    common: dict[str, Any] = {
+        "factors": {
+            name: unalign_factors(boxes[name].factors, kernel, kernel.kernel_shape)[0]
+            for name, kernel in kernels.items()
+        },
+        "config": first.config,
+        "shapes": tuple((name, kernel.shape) for name, kernel in kernels.items()),
+        "layouts": tuple((name, kernel.layout) for name, kernel in kernels.items()),
+        "dtype": first.dtype,
+    }
+    if isinstance(first.config, AdaLoraConfig):
+        return AdaLoraAdapter(**common)
+    return RandLoraAdapter(bases=_bases(first), recipe=first.recipe, **common)

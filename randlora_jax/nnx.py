@@ -11,9 +11,11 @@ import jax
 from flax import nnx
 from jax.typing import DTypeLike
 
-from interop.bases import DEFAULT_RECIPE
+from interop.adalora import AdaLoraConfig
+from interop.bases import DEFAULT_RECIPE, Bases
 from interop.fields import AdapterConfig
-from randlora_jax.adapter import RandLoraAdapter
+from randlora_jax.adalora_adapter import AdaLoraAdapter
+from randlora_jax.adapter import KernelAdapter, RandLoraAdapter
 from randlora_jax.kernels import Kernel, Kernels, find_kernels
 from randlora_jax.layouts import Layout, module_name
 from randlora_jax.nnx_linear import RandLoraLinear
@@ -21,16 +23,11 @@ from randlora_jax.nnx_places import Place, active_adapter, adapted_weights, adap
 from randlora_jax.nnx_switching import set_adapter
 from randlora_jax.nnx_weight import LayerAdapter, RandLoraBasis, Static
 from randlora_jax.quantized import is_quantized
-from randlora_jax.selection import Source, as_interop, new_adapter, on_kernels, require_randlora
+from randlora_jax.selection import AnyAdapter, Source, as_interop, new_adapter, on_kernels
 from randlora_jax.sharding import like_kernels
 from randlora_jax.tracing import InferredLayouts, infer_layouts
 
 Model = TypeVar("Model", bound=nnx.Module)
-
-_ADALORA = (
-    "with graph, state = nnx.split(model), make one with adalora.init(config, state, key=key) or load_adapter(folder,"
-    " state), and call nnx.merge(graph, effective_params(state, adapter)) where the model is called."
-)
 
 
 def attach(
@@ -53,24 +50,26 @@ def attach(
     Args:
         model: Any NNX model. Without `layouts`, 2-D parameters named `kernel` or `w` are (in, out), and nothing else
             is adapted.
-        config_or_adapter: A config for a new adapter; or an adapter of any stack, or a folder, to go on with.
+        config_or_adapter: A config of either method for a new adapter; or an adapter of any stack, or a folder, to go
+            on with.
         adapter_name: What `set_adapter`, `extract` and `delete_adapter` call it, an identifier.
         layouts: Those of `model_layouts(model, *inputs)`; or of single kernels by dotted name, e.g.
             `{"attn.query": Layout((0,), (1, 2))}`.
         recipe: How the bases of a new adapter are drawn, see `interop.RECIPES`.
-        rngs: Needed for a new adapter with `init_weights=False` only.
+        rngs: Needed for a new adapter of AdaLoRA, or one with `init_weights=False`, only.
         dtype: What the operands of the large products are rounded to, e.g. bfloat16; see `init`.
 
     Raises:
         ValueError: the model has an adapter of that name, a target matches nothing, the adapter was made for another
             model, or a new one asks for trained biases, modules_to_save or dropout.
-        TypeError: `model` is no NNX model, or `config_or_adapter` is none of these, or one of AdaLoRA.
+        TypeError: `model` is no NNX model, or `config_or_adapter` is none of these, or an adapter of AdaLoRA adapts a
+            `RandLoraLinear`.
     """
     if not isinstance(model, nnx.Module):
         raise TypeError(f"model is a {type(model).__name__}, not an nnx.Module: randlora_jax.init adapts pytrees.")
     _check_new_name(model, adapter_name)
     places = places_of(model)
-    if isinstance(config_or_adapter, RandLoraAdapter):  # it was made for a model like this one, or is refused below
+    if isinstance(config_or_adapter, KernelAdapter):  # it was made for a model like this one, or is refused below
         axes = {module_name(place.parts): place.base.ndim for place in places}
         recorded = {name: layout for name, layout in config_or_adapter.layouts if axes.get(name) == layout.ndim}
         layouts = {**recorded, **(layouts or {})}
@@ -107,26 +106,36 @@ def model_layouts(model: nnx.Module, *inputs: Any) -> InferredLayouts:
     return InferredLayouts(layouts, refused | {name: held for name in found if name not in tied})
 
 
-def extract(model: nnx.Module, adapter_name: str | None = None) -> RandLoraAdapter:
+def extract(model: nnx.Module, adapter_name: str | None = None) -> AnyAdapter:
     """The active adapter of `model`, or the one of that name, with the current values of its factors.
+
+    Within a loss function, these are differentiated: `adalora.orthogonal_loss(extract(model))` is a part of it.
 
     Raises:
         ValueError: the model has no such adapter.
+        TypeError: `model` is no NNX model.
     """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, not an nnx.Module with an adapter attached. In linen, the variables of"
+            " lazy_params(variables, adapter) hold one: see randlora_jax.linen.extract_lazy."
+        )
     name = existing_adapter(model, adapter_name or active_adapter(model))
     parts = dict(
         sorted((path, weight.adapters[name]) for path, weight in adapted_weights(model) if name in weight.adapters)
     )
     first = next(iter(parts.values()))
-    return RandLoraAdapter(
-        factors={path: part.factors() for path, part in parts.items()},
-        bases=first.bases,
-        config=first.static.config,
-        shapes=tuple((path, part.kernel.shape) for path, part in parts.items()),
-        layouts=tuple((path, part.kernel.layout) for path, part in parts.items()),
-        recipe=first.static.recipe,
-        dtype=first.static.dtype,
-    )
+    common: dict[str, Any] = {
+        "factors": {path: part.factors() for path, part in parts.items()},
+        "config": first.static.config,
+        "shapes": tuple((path, part.kernel.shape) for path, part in parts.items()),
+        "layouts": tuple((path, part.kernel.layout) for path, part in parts.items()),
+        "dtype": first.static.dtype,
+    }
+    if isinstance(first.static.config, AdaLoraConfig):
+        return AdaLoraAdapter(**common)
+    assert first.bases is not None  # RandLoRA's parts have them
+    return RandLoraAdapter(bases=first.bases, recipe=first.static.recipe, **common)
 
 
 def detach(model: Model, *, merge: bool = False) -> Model:
@@ -165,17 +174,16 @@ def _check_new_name(model: nnx.Module, adapter_name: str) -> None:
         )
 
 
-def _put(adapter: RandLoraAdapter, adapter_name: str, places: list[Place], found: Kernels) -> None:
+def _put(adapter: AnyAdapter, adapter_name: str, places: list[Place], found: Kernels) -> None:
     """Replace the adapted kernels, and the quantized ones, by weights that hold the adapter's parts."""
-    basis_A, basis_B = map(RandLoraBasis, adapter.bases)
+    shared = None if adapter.bases is None else Bases(*map(RandLoraBasis, adapter.bases))
     layouts = dict(adapter.layouts)
     for place in places:
         name = module_name(place.parts)
         if name in layouts and name in found.kernels:
             kernel = Kernel(layouts[name], found.kernels[name].kernel_shape)
             static = Static(adapter.config, kernel, adapter.recipe, adapter.dtype)
-            part = LayerAdapter(adapter.factors[name], basis_A, basis_B, static)
-            place.weight().adapters[adapter_name] = part
+            place.weight().adapters[adapter_name] = LayerAdapter(adapter.factors[name], static, shared)
         elif is_quantized(place.base.get_value()):
             place.weight()
 
@@ -192,12 +200,18 @@ def _resolve(
     rngs: nnx.Rngs | None,
     dtype: DTypeLike | None,
     with_dropout: set[str],
-) -> RandLoraAdapter:
+) -> AnyAdapter:
     """The adapter to attach, on the default device and checked against the kernels."""
-    adapter = None if isinstance(source, AdapterConfig) else as_interop(source)
-    require_randlora(source if adapter is None else adapter.config, _ADALORA)
-    if adapter is None:
+    if isinstance(source, AdapterConfig):
         key = None if rngs is None else rngs.params()
-        return new_adapter(source, found, recipe=recipe, key=key, dtype=dtype, with_dropout=with_dropout)
-    dtype = dtype or getattr(source, "dtype", None)
-    return on_kernels(adapter, found, dtype=dtype, with_dropout=with_dropout)
+        adapter = new_adapter(source, found, recipe=recipe, key=key, dtype=dtype, with_dropout=with_dropout)
+    else:
+        dtype = dtype or getattr(source, "dtype", None)
+        adapter = on_kernels(as_interop(source), found, dtype=dtype, with_dropout=with_dropout)
+    explicit = sorted(with_dropout.intersection(adapter.modules))
+    if explicit and isinstance(adapter, AdaLoraAdapter):
+        raise TypeError(
+            f"the adapter is one of AdaLoRA, but {explicit[:4]} are RandLoraLinear layers, which take RandLoRA only:"
+            " leave them out of target_modules, or build the model from nnx.Linear layers."
+        )
+    return adapter

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from interop.bases import DEFAULT_RECIPE
+from interop.bases import DEFAULT_RECIPE, Bases
 from interop.config import RandLoraConfig
 from randlora_jax.explicit import add_update, check_fits, make_shared_bases, start_factors
 from randlora_jax.kernels import Kernel
@@ -69,7 +69,8 @@ class RandLoraLinear(nnx.Linear):
         factors = start_factors(bases.config, (out_features, in_features), rngs.params)
         static = Static(bases.config, Kernel(IN_OUT, (in_features, out_features)), bases.recipe, None)
         weight = RandLoraWeight(self.kernel)
-        weight.adapters[ADAPTER_NAME] = LayerAdapter(factors, bases.randlora_A, bases.randlora_B, static)
+        shared = Bases(bases.randlora_A, bases.randlora_B)
+        weight.adapters[ADAPTER_NAME] = LayerAdapter(factors, static, shared)
         weight.activate(ADAPTER_NAME)
         self.kernel = weight
         rate = bases.config.randlora_dropout

@@ -65,7 +65,7 @@ def existing_adapter(model: nnx.Module, adapter_name: str | None) -> str:
     """
     names = adapter_names(model)
     if not names:
-        raise ValueError("the model has no RandLoRA adapter attached: attach(model, config) adds one.")
+        raise ValueError("the model has no adapter attached: attach(model, config) adds one.")
     if adapter_name not in names:
         what = "no adapter is active" if adapter_name is None else f"the model has no adapter {adapter_name!r}"
         raise ValueError(f"{what}: it has {names}. set_adapter(model, name) makes one the active one.")

@@ -62,9 +62,10 @@ def bound_bases(model: Model) -> Iterator[Model]:
     `nnx.scan` and `nnx.vmap` slice every Variable of the layers they are given, and the bases, which all layers share,
     must not be: "scan got values with different leading axis sizes" is what jax says then. Within the context they are
     constants of the function being traced. The alternative is to say so to the transformation, in the model:
-    `nnx.scan(in_axes=(nnx.StateAxes({RandLoraBasis: None, ...: 0}), nnx.Carry))`.
+    `nnx.scan(in_axes=(nnx.StateAxes({RandLoraBasis: None, ...: 0}), nnx.Carry))`. AdaLoRA, which has no bases, needs
+    neither.
     """
-    parts = [part for _, weight in adapted_weights(model) for part in weight.adapters.values()]
+    parts = [part for _, weight in adapted_weights(model) for part in weight.adapters.values() if part.has_bases]
     held = [(part.randlora_A, part.randlora_B) for part in parts]
     captured = {
         id(basis): basis if isinstance(basis, Captured) else Captured(basis[...]) for bases in held for basis in bases

@@ -8,12 +8,14 @@ import jax
 import numpy as np
 from flax import nnx
 
-from interop.adapter import Factors
+from interop.adapter import factors_kind
 from interop.bases import Bases
 from interop.config import RandLoraConfig
+from interop.contents import PARTS
+from interop.fields import AdapterConfig
 from interop.shapes import factor_shapes
 from randlora_jax.bases import Captured
-from randlora_jax.kernels import Kernel, align_factors, combine_kernel, unalign_factors
+from randlora_jax.kernels import AnyFactors, Kernel, align_factors, combine_kernel, fits_weight, unalign_factors
 from randlora_jax.layouts import Layout
 from randlora_jax.quantized import dequantize
 
@@ -30,31 +32,43 @@ class RandLoraInactive(nnx.Variable):
 
 
 class RandLoraBasis(nnx.Variable):
-    """One of the two frozen bases of an adapter. All layers share one pair: it appears once in the model's state."""
+    """One of the two frozen bases of RandLoRA. All layers share one pair: it appears once in the model's state."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
     """What a layer knows of an adapter besides arrays; hashable, part of the graph definition."""
 
-    config: RandLoraConfig
+    config: AdapterConfig
     kernel: Kernel
     recipe: str | None
     dtype: np.dtype | None
 
 
 class LayerAdapter(nnx.Module):
-    """One adapter's part in one kernel: lambda and gamma, and the bases that it shares with the other kernels."""
+    """One adapter's part in one kernel: its factors, called as in files, and what it shares with the other kernels.
 
-    def __init__(self, factors: Factors, basis_A: RandLoraBasis, basis_B: RandLoraBasis, static: Static):
+    RandLoRA's shares the bases, `randlora_A` and `randlora_B`; AdaLoRA's has none.
+    """
+
+    def __init__(self, factors: AnyFactors, static: Static, shared: Bases | None = None):
         aligned = align_factors(factors, static.kernel)
-        self.randlora_lambda, self.randlora_gamma = RandLoraInactive(aligned.lam), RandLoraInactive(aligned.gamma)
-        self.randlora_A, self.randlora_B = basis_A, basis_B
+        for name, part in zip(PARTS[type(factors)], aligned, strict=True):
+            setattr(self, name, RandLoraInactive(part))
+        if shared is not None:
+            self.randlora_A, self.randlora_B = shared
         self.static = static
 
     @property
-    def bases(self) -> Bases:
+    def has_bases(self) -> bool:
+        """Whether the adapter is one of RandLoRA."""
+        return hasattr(self, "randlora_A")
+
+    @property
+    def bases(self) -> Bases | None:
         """The arrays of the shared bases."""
+        if not self.has_bases:
+            return None
         held = (self.randlora_A, self.randlora_B)
         return Bases(*(basis.array if isinstance(basis, Captured) else basis[...] for basis in held))
 
@@ -66,23 +80,29 @@ class LayerAdapter(nnx.Module):
             ValueError: it stacked them on another axis than the first.
         """
         layout, shape = self.static.kernel
-        lam = self.randlora_lambda[...].shape
-        if layout.stack_axes or len(lam) == 2:
+        factors = _stored(self)
+        if layout.stack_axes or factors[0].ndim == 2:
             return self.static.kernel
-        stacked, (expected, _) = lam[:-2], factor_shapes(self.static.kernel.shape, self.static.config.r)
-        if lam[-2:] != expected:
+        stacked = factors[0].shape[:-2]
+        if not self._stacked_first(factors):
+            names = " and ".join(f"{name} {part.shape}" for name, part in factors._asdict().items())
             raise ValueError(
-                f"lambda of shape {lam} is stacked on another axis than the first, where {expected} are its own:"
-                " make the layers with nnx.vmap(..., out_axes=0)."
+                f"{names} are stacked on another axis than the first, for a kernel that stands for a weight of shape"
+                f" {self.static.kernel.shape}: make the layers with nnx.vmap(..., out_axes=0)."
             )
         moved = [tuple(axis + len(stacked) for axis in axes) for axes in (layout.in_axes, layout.out_axes)]
         return Kernel(Layout(*moved, stack_axes=tuple(range(len(stacked)))), (*stacked, *shape))
 
-    def factors(self) -> Factors:
-        """The factors of the whole kernel, stacked as in `RandLoraAdapter.factors`."""
+    def _stacked_first(self, factors: AnyFactors) -> bool:
+        shape, config = self.static.kernel.shape, self.static.config
+        if isinstance(config, RandLoraConfig) and factors[0].shape[-2:] != factor_shapes(shape, config.r)[0]:
+            return False
+        return fits_weight(factors, shape)
+
+    def factors(self) -> AnyFactors:
+        """The factors of the whole kernel, stacked as in `KernelAdapter.factors`."""
         kernel = self.kernel
-        stored = Factors(self.randlora_lambda[...], self.randlora_gamma[...])
-        return unalign_factors(stored, kernel, kernel.kernel_shape)[0]
+        return unalign_factors(_stored(self), kernel, kernel.kernel_shape)[0]
 
     def hold(self, basis_A: RandLoraBasis | Captured, basis_B: RandLoraBasis | Captured) -> None:
         """Hold the bases as Variables, or as constants that no transformation slices."""
@@ -90,19 +110,24 @@ class LayerAdapter(nnx.Module):
         self.randlora_A, self.randlora_B = mark(basis_A), mark(basis_B)
 
     def set_active(self, active: bool) -> None:
-        """Let optimizers for `RandLoraParam` see lambda and gamma, or not."""
+        """Let optimizers for `RandLoraParam` see the factors, or not."""
         kind = RandLoraParam if active else RandLoraInactive
-        for name in ("randlora_lambda", "randlora_gamma"):
+        for name in PARTS[factors_kind(self.static.config)]:
             variable = getattr(self, name)
             if type(variable) is not kind:
                 setattr(self, name, kind.from_metadata(variable.get_value(), variable.get_metadata()))
 
 
 # No methods, as `nnx.tabulate` compiles every method that a forward pass calls, and these are not given arrays only.
-def factors_at(part: LayerAdapter, shape: tuple[int, ...]) -> tuple[Factors, Kernel]:
+def _stored(part: LayerAdapter) -> AnyFactors:
+    """The factors on the kernel's own axes."""
+    kind = factors_kind(part.static.config)
+    return kind(*(getattr(part, name)[...] for name in PARTS[kind]))
+
+
+def factors_at(part: LayerAdapter, shape: tuple[int, ...]) -> tuple[AnyFactors, Kernel]:
     """Factors and kernel as they are where a kernel of this shape is read: a scan or vmap may have sliced them."""
-    stored = Factors(part.randlora_lambda[...], part.randlora_gamma[...])
-    return unalign_factors(stored, part.static.kernel, shape)
+    return unalign_factors(_stored(part), part.static.kernel, shape)
 
 
 def _combined(weight: jax.Array, part: LayerAdapter) -> jax.Array:

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from interop.adalora import SVDFactors
 from interop.bases import DEFAULT_RECIPE
 from interop.config import RandLoraConfig
+from interop.contents import PARTS
 from interop.fields import AdapterConfig
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.kernels import (
@@ -207,13 +209,18 @@ def trainable_report(adapter: AnyAdapter, params: Any) -> str:
         params: All parameters; or an NNX model, whose attached adapters do not count twice.
     """
     trainable = count_trainable(adapter)
-    base = [leaf for parts, leaf in named_leaves(params) if not parts[-1].startswith("randlora_")]
+    base = [leaf for parts, leaf in named_leaves(params) if not _is_adapters(parts)]
     total = trainable + sum(leaf.size for leaf in base if hasattr(leaf, "size"))
     line = f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
     if adapter.bases is None:
         return line
     frozen = sum(array.nbytes for array in adapter.bases)
     return f"{line}\nfrozen bases: {frozen:,d} bytes, shared by {len(adapter.modules)} layers"
+
+
+def _is_adapters(parts: tuple[str, ...]) -> bool:
+    """Whether this is the path of an attached adapter's own array, in an NNX model or in linen variables."""
+    return parts[-1].startswith("randlora_") or (parts[-1] in PARTS[SVDFactors] and parts[-3:-2] == ("adapters",))
 
 
 def print_trainable_parameters(adapter: AnyAdapter, params: Any) -> None:

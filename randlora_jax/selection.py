@@ -56,7 +56,7 @@ def new_adapter(
     """A new adapter for those kernels that the config selects; see `init` and `on_kernels`."""
     refuse_unsupported(config)
     if key is None and isinstance(config, AdaLoraConfig):
-        raise ValueError("AdaLoRA draws A and B at random: pass key=jax.random.key(0).")
+        raise ValueError("AdaLoRA draws A and B at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
     if key is None and not config.init_weights:
         raise ValueError("init_weights=False draws lambda at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
     shapes = select_weights(config, found)

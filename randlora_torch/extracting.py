@@ -1,5 +1,6 @@
 """`extract`: an attached adapter taken off its model as tensors, with their current values."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,20 +23,26 @@ def extract(
     state_dict: Mapping[str, Tensor] | None = None,
     with_embeddings: bool = False,
 ) -> RandLoraAdapter | AdaLoraAdapter:
-    """An adapter attached to `model`, with the current values of its parameters (shared where they are whole).
+    """An adapter attached to `model`, with the current values of its parameters (shared where they are whole and ours).
 
     Of an AdaLoRA adapter, the triplets are left out that its `RankAllocator` took away and that are still zero.
 
     Args:
-        model: A model with an adapter attached.
+        model: A model with an adapter attached, by this package or by PEFT.
         adapter_name: Which one; may be left out if there is only one.
         state_dict: Values to take instead of the model's, under the model's names, where a trainer has gathered them.
         with_embeddings: Whether to take the base's embeddings and output head along, as PEFT does for added tokens.
 
     Raises:
-        ValueError: the model has no such adapter, or several and no name was given.
+        ValueError: the model has no such adapter, or several and no name was given; or PEFT attached it, and one of the
+            last two arguments was given.
+        AdapterFormatError: an adapter of PEFT's is none that a file could hold.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled model
+    if _is_pefts(model):
+        if state_dict is not None or with_embeddings:
+            raise ValueError("state_dict and with_embeddings are not for PEFT's models: leave them out.")
+        return importlib.import_module("randlora_torch.peft_source").extract_peft(model, adapter_name)
     name = _the_name(model, adapter_name)
     info, layers = find_attached(model, name), adapted_layers(model)
     given = state_dict or {}
@@ -62,6 +69,13 @@ def extract(
         recipe=info.recipe,
         **common,
     )
+
+
+def _is_pefts(model: nn.Module) -> bool:
+    """Whether the adapters of the model are PEFT's."""
+    configs = getattr(model, "peft_config", None)
+    configs = configs.values() if isinstance(configs, Mapping) else ()
+    return any(type(config).__module__.split(".")[0] == "peft" for config in configs)
 
 
 def _the_name(model: nn.Module, adapter_name: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Our RandLoRA layers inside an existing `peft.PeftModel`: the only module that knows PEFT's classes.
+"""Our RandLoRA layers inside an existing `peft.PeftModel`: with `peft_source` all that knows PEFT's classes.
 
 PEFT stays the host: it saves, loads, switches and deletes as it always did. The layers keep their parameters and names;
 only their class changes, and that of the tuner that creates them.

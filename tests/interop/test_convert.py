@@ -69,9 +69,40 @@ def test_an_unknown_stack_is_refused_with_the_list_of_stacks(to):
 @pytest.mark.parametrize("source", [None, 3, [1], {"a": 1}, object()], ids=lambda source: type(source).__name__)
 def test_what_holds_no_adapter_is_refused_by_type(source):
     name = type(source).__name__
-    message = rf"source is a {name}, which holds no adapter: pass a folder, an Adapter of any kind, or a torch or"
+    message = (
+        rf"^source is a {name}, which holds no adapter: pass a folder, an Adapter of any kind, a torch or Flax NNX"
+        r" model with an adapter attached, by this package or by PEFT, or the linen variables of"
+        r" randlora_jax\.lazy_params\.$"
+    )
     with pytest.raises(TypeError, match=message):
         convert(source, to="peft")
+
+
+def test_a_sub_folder_is_asked_for_by_name(tmp_path):
+    save(draw_adapter(1), tmp_path)
+    save(draw_adapter(2, r=3), tmp_path / "second")
+    assert convert(tmp_path, to="peft").config.r == convert(tmp_path, to="peft", adapter_name="default").config.r == 4
+    assert convert(tmp_path, to="peft", adapter_name="second").config.r == 3
+    with pytest.raises(FileNotFoundError, match="third"):
+        convert(tmp_path, to="peft", adapter_name="third")
+
+
+def test_a_recipe_is_for_a_folder(tmp_path):
+    save(draw_adapter(recipe="torch<=2.11", save_projection=False), tmp_path)
+    assert convert(tmp_path, to="peft", recipe="torch<=2.11").recipe == "torch<=2.11"
+    with pytest.raises(AdapterFormatError, match=r"names the recipe 'torch<=2\.11', but recipe='torch>=2\.12' was"):
+        convert(tmp_path, to="peft", recipe="torch>=2.12")
+    with pytest.raises(ValueError, match=r"recipe='torch<=2\.11' is for a folder .*, not for a source of type Adapter"):
+        convert(draw_adapter(), to="peft", recipe="torch<=2.11")
+
+
+@pytest.mark.parametrize("source", [draw_adapter(), Holder(draw_adapter())], ids=lambda source: type(source).__name__)
+def test_what_has_one_adapter_only_has_none_by_name(source):
+    kind = type(source).__name__
+    with pytest.raises(
+        ValueError, match=rf"name='second' is for a folder or a model, not for a source of type {kind}\."
+    ):
+        convert(source, to="peft", adapter_name="second")
 
 
 @pytest.mark.parametrize("to", ["jax", "torch"])

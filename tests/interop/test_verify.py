@@ -176,7 +176,7 @@ def test_an_adapter_that_does_not_know_its_shapes_says_what_to_do(tmp_path):
 
 
 def test_folders_are_compared_a_layer_at_a_time(tmp_path):
-    shapes = {f"layers.{i}.q": (256, 256) for i in range(40)}
+    shapes = {f"layers.{i}.q": (128, 128) for i in range(60)}
     adapter = draw_adapter(shapes=shapes, r=1)
     save(adapter, tmp_path / "a")
     changed = {name: Factors(lam, gamma * 2) for name, (lam, gamma) in adapter.factors.items()}
@@ -187,7 +187,7 @@ def test_folders_are_compared_a_layer_at_a_time(tmp_path):
     found = diff(tmp_path / "a", tmp_path / "b")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert [layer.relative for layer in found.layers] == pytest.approx([0.5] * 40)
-    layer = 8 * 256 * 256  # dW in float64
+    assert [layer.relative for layer in found.layers] == pytest.approx([0.5] * 60)
+    layer = 8 * 128 * 128  # dW in float64
     assert size > 20 * layer
     assert peak < 12 * layer

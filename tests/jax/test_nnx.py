@@ -361,9 +361,7 @@ def test_a_second_adapter_is_refused_and_the_first_stays():
 
 @pytest.mark.parametrize("function", [extract, detach])
 def test_a_model_without_an_adapter_has_none_to_give(function):
-    with pytest.raises(
-        ValueError, match=r"the model has no RandLoRA adapter attached: attach\(model, config\) adds one"
-    ):
+    with pytest.raises(ValueError, match=r"the model has no adapter attached: attach\(model, config\) adds one"):
         function(net())
 
 
