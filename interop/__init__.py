@@ -10,6 +10,7 @@ from interop.config import RandLoraConfig
 from interop.convert import convert
 from interop.errors import AdapterFormatError
 from interop.files import load, save
+from interop.merging import MergeReport, merge
 from interop.shapes import count_trainable, shared_dims
 from interop.targets import resolve_targets
 
@@ -21,6 +22,7 @@ __all__ = [
     "AdapterFormatError",
     "Bases",
     "Factors",
+    "MergeReport",
     "RandLoraConfig",
     "SVDFactors",
     "bases_digest",
@@ -29,6 +31,7 @@ __all__ = [
     "init_adapter",
     "load",
     "make_bases",
+    "merge",
     "resolve_targets",
     "save",
     "shared_dims",
