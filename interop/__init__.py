@@ -13,6 +13,7 @@ from interop.diff import AdapterDiff, diff
 from interop.errors import AdapterFormatError
 from interop.files import adapter_names, load, save
 from interop.lora import LoraExport, export_lora
+from interop.merging import MergeReport, merge
 from interop.shapes import count_trainable, shared_dims
 from interop.targets import resolve_targets
 from interop.verify import Verification, verify
@@ -27,6 +28,7 @@ __all__ = [
     "Bases",
     "Factors",
     "LoraExport",
+    "MergeReport",
     "RandLoraConfig",
     "SVDFactors",
     "Verification",
@@ -39,6 +41,7 @@ __all__ = [
     "init_adapter",
     "load",
     "make_bases",
+    "merge",
     "resolve_targets",
     "save",
     "shared_dims",

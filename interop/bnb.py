@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from interop.errors import bulleted
-from interop.modelfolder import CONFIG_NAME, CheckpointFormatError, ModelFolder
+from interop.modelfolder import CONFIG_NAME, FLOATS, CheckpointFormatError, ModelFolder, model_dtype
 from interop.tensorfile import DTYPES
 
 MALFORMED = "{} holds malformed weights. Save the model again with save_pretrained, or download it again"
@@ -26,7 +26,6 @@ NF4 += (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # by bit pattern, in twelfths; with the sign bit, the same negative
 CODES = {"nf4": NF4, "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in _FP4)}
 
-_FLOATS = {name: DTYPES[code] for name, code in (("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16"))}
 _PIECES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _NESTED_FIELDS = ("nested_blocksize", "nested_dtype", "nested_offset")
 _STATE = "quant_state."
@@ -134,12 +133,13 @@ def read_weight(model: ModelFolder, name: str, keys: Mapping[str, str]) -> np.nd
     Raises:
         ValueError: a piece is missing, left over or malformed.
     """
-    _require_bitsandbytes(model)
+    require_bitsandbytes(model)
     whole = model.tensor(name) if name in model else None
     return _assemble(name, whole, {piece: model.tensor(key) for piece, key in keys.items()}, model.config)
 
 
-def _require_bitsandbytes(model: ModelFolder) -> None:
+def require_bitsandbytes(model: ModelFolder) -> None:
+    """Refuse a folder whose config names another quantization."""
     quantization = model.config.get("quantization_config") or {}
     method = quantization.get("quant_method", "bitsandbytes") if isinstance(quantization, dict) else quantization
     if method != "bitsandbytes":
@@ -201,13 +201,10 @@ def _assemble_8bit(values: np.ndarray, pieces: dict[str, np.ndarray], config: di
     if values.dtype != np.int8 or values.ndim != 2:
         raise ValueError(f"has SCB, but is {values.dtype} {values.shape}; an 8-bit weight is int8 (out, in)")
     _check_array("SCB", pieces["SCB"], np.float32, values.shape[0])
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in _FLOATS:
-        raise ValueError(f"{CONFIG_NAME} gives the model the dtype {dtype!r}, it must be one of {list(_FLOATS)}")
-    return Weight8bit(values, pieces["SCB"] * np.float32(1 / 127), _FLOATS[dtype])
+    return Weight8bit(values, pieces["SCB"] * np.float32(1 / 127), model_dtype(config))
 
 
-class _QuantState(NamedTuple):
+class QuantState(NamedTuple):
     """The JSON beside a 4-bit weight; the nested fields are None where scales are not quantized themselves."""
 
     quant_type: str
@@ -224,7 +221,7 @@ def _assemble_4bit(tensor: np.ndarray, pieces: dict[str, np.ndarray]) -> Weight4
         raise ValueError(
             f"has {sorted(states) or 'no quant_state'}: exactly one {_STATE}bitsandbytes__nf4|fp4 is needed"
         )
-    state = _parse_state(states[0], pieces[states[0]])
+    state = parse_state(states[0], pieces[states[0]])
     nested = state.nested_blocksize is not None
     _check_pieces(pieces, required={states[0], *(_PIECES if nested else _PIECES[:2])})
     count = math.prod(state.shape)
@@ -246,7 +243,8 @@ def _assemble_4bit(tensor: np.ndarray, pieces: dict[str, np.ndarray]) -> Weight4
     return Weight4bit(packed, absmax, tuple(code.tolist()), state.blocksize, state.shape, state.dtype, state.quant_type)
 
 
-def _parse_state(piece: str, content: np.ndarray) -> _QuantState:
+def parse_state(piece: str, content: np.ndarray) -> QuantState:
+    """Read and check the JSON of a 4-bit weight; `piece` is the name of its piece."""
     quant_type = piece.removeprefix(f"{_STATE}bitsandbytes__")
     if quant_type not in CODES:
         raise ValueError(f"{piece} is no known quant_type: {list(CODES)} are read, as {_STATE}bitsandbytes__<type>")
@@ -266,7 +264,7 @@ def _parse_state(piece: str, content: np.ndarray) -> _QuantState:
     allowed = {
         "quant_type": fields["quant_type"] == quant_type,
         "blocksize": type(fields["blocksize"]) is int and fields["blocksize"] in BLOCKSIZES,
-        "dtype": isinstance(fields["dtype"], str) and fields["dtype"] in _FLOATS,
+        "dtype": isinstance(fields["dtype"], str) and fields["dtype"] in FLOATS,
         "shape": isinstance(sizes, list) and bool(sizes) and all(type(size) is int and size > 0 for size in sizes),
         "nested_blocksize": "nested_blocksize" not in fields or (type(inner) is int and inner in BLOCKSIZES),
         "nested_dtype": fields.get("nested_dtype", "float32") == "float32",
@@ -275,10 +273,10 @@ def _parse_state(piece: str, content: np.ndarray) -> _QuantState:
     wrong = {field: fields[field] for field, good in allowed.items() if not good}
     if wrong:
         raise ValueError(f"{piece} holds {wrong}, which bitsandbytes does not write")
-    return _QuantState(quant_type, fields["blocksize"], _FLOATS[fields["dtype"]], tuple(sizes), inner, offset)
+    return QuantState(quant_type, fields["blocksize"], FLOATS[fields["dtype"]], tuple(sizes), inner, offset)
 
 
-def _unnested(pieces: dict[str, np.ndarray], blocks: int, state: _QuantState) -> np.ndarray:
+def _unnested(pieces: dict[str, np.ndarray], blocks: int, state: QuantState) -> np.ndarray:
     """The float32 scales that were quantized themselves. In numpy, as compilers fuse the sum: 1 bit off, at times."""
     _check_array("absmax", pieces["absmax"], np.uint8, blocks)
     _check_array("nested_absmax", pieces["nested_absmax"], np.float32, -(-blocks // state.nested_blocksize))

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
-from interop.commands import convert, diff, export_lora, inspect, verify
+from interop.commands import convert, diff, export_lora, inspect, merge, verify
 from interop.commands.shared import printable
 
 COMMANDS: dict[str, ModuleType] = {
@@ -15,6 +15,7 @@ COMMANDS: dict[str, ModuleType] = {
     "convert": convert,
     "verify": verify,
     "diff": diff,
+    "merge": merge,
     "export-lora": export_lora,
 }
 SAME, DIFFERENT, TROUBLE = 0, 1, 2

@@ -1,12 +1,12 @@
 """`diff`: what two adapters adapt differently, and by how much, layer by layer."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from interop.adapter import Adapter
 from interop.compare import in_both, layer_differences, open_adapter, same_numbers, share_bases, unmatched
 from interop.errors import bulleted
+from interop.progress import Progress, no_progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +78,7 @@ class AdapterDiff:
 _BOOKKEEPING = {"inference_mode", "peft_version", "revision", "auto_mapping", "unknown_fields"}
 
 
-def diff(a: Any, b: Any, *, progress: Callable[[Any, str], Any] = lambda items, _: items) -> AdapterDiff:
+def diff(a: Any, b: Any, *, progress: Progress = no_progress) -> AdapterDiff:
     """Compare two adapters: their configs, which layers they adapt, and the update of each.
 
     They may be of different methods, ranks, seeds and stacks: the updates are what is compared, in float64.

@@ -16,6 +16,7 @@ from interop.adapter import Adapter
 from interop.compare import open_adapter
 from interop.delta import product_blocks
 from interop.folder import CONFIG_NAME, replace_pair
+from interop.progress import Progress, no_progress
 from interop.strictjson import JSONError, parse_object
 from interop.tensorfile import DTYPES, safetensors_parts
 
@@ -57,7 +58,7 @@ def export_lora(
     *,
     rank: int,
     dtype: str = "float32",
-    progress: Callable[[Any, str], Any] = lambda items, _: items,
+    progress: Progress = no_progress,
 ) -> LoraExport:
     """Write a PEFT LoRA whose update is, layer by layer, the best of its rank to an adapter's: a truncated SVD.
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +14,7 @@ from interop.tensorfile import DTYPES, TensorFile, TensorFileError
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+FLOATS = {name: DTYPES[code] for name, code in (("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16"))}
 
 
 class CheckpointFormatError(ValueError):
@@ -85,6 +86,18 @@ class ModelFolder:
     def tensor(self, key: str) -> np.ndarray:
         """A tensor, in memory of its own."""
         return self._places[key].tensor(key)
+
+    def file(self, key: str) -> TensorFile:
+        """The file that holds a tensor."""
+        return self._places[key]
+
+
+def model_dtype(config: Mapping[str, Any]) -> np.dtype:
+    """The dtype that config.json gives a model, in which its 8-bit layers compute."""
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if dtype not in FLOATS:
+        raise ValueError(f"{CONFIG_NAME} gives the model the dtype {dtype!r}, it must be one of {list(FLOATS)}")
+    return FLOATS[dtype]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,11 +2,17 @@
 
 import sys
 import time
-from collections.abc import Collection, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
+Progress = Callable[[Collection[Any], str], Iterable[Any]]  # items, and what is done to them -> the items
 WIDTH, INTERVAL = 30, 0.1  # characters, seconds between two looks
+
+
+def no_progress(items: Collection[Item], what: str) -> Collection[Item]:
+    """The items."""
+    return items
 
 
 def progress(items: Collection[Item], what: str) -> Iterator[Item]:

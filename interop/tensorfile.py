@@ -249,6 +249,14 @@ def safetensors_parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -
         tensors: Arrays, or what has a `dtype`, `shape` and `nbytes` and becomes an array when its turn comes.
         metadata: Texts by name.
     """
+    header, starts = safetensors_header(tensors, metadata)
+    yield header
+    for key in starts:
+        yield from byte_chunks(tensors[key])
+
+
+def safetensors_header(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """What a file begins with, and where in it each tensor begins, in the order in which they stand there."""
     order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     end = 0
@@ -258,7 +266,5 @@ def safetensors_parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -
         header[key] = {"dtype": _CODES[tensors[key].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield struct.pack("<Q", len(text))
-    yield text
-    for key in order:
-        yield from byte_chunks(tensors[key])
+    first = 8 + len(text)
+    return struct.pack("<Q", len(text)) + text, {key: first + header[key]["data_offsets"][0] for key in order}

@@ -11,6 +11,7 @@ from interop.adapter import Adapter
 from interop.compare import in_both, layer_differences, open_adapter, same_numbers, share_bases, unmatched
 from interop.convert import STACKS, convert, model_logits
 from interop.errors import bulleted
+from interop.progress import Progress, no_progress
 
 TOLERANCE = 1e-5  # float32 products of a few thousand terms are off by 1e-7 to 1e-6
 
@@ -92,7 +93,7 @@ def verify(
     models: Sequence[Callable[[Any], Any]] | None = None,
     inputs: Any = None,
     tolerance: float = TOLERANCE,
-    progress: Callable[[Any, str], Any] = lambda items, _: items,
+    progress: Progress = no_progress,
 ) -> Verification:
     """Check that two adapters make the same updates, by float64 numpy, by JAX and by torch, layer by layer.
 

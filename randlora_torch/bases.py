@@ -24,6 +24,7 @@ class LayerBases(NamedTuple):
 
 def to_torch(array: np.ndarray) -> Tensor:
     """A copy of a numpy array as a tensor of the same dtype; torch has no constructor for ml_dtypes' bfloat16."""
+    array = np.asarray(array)  # it may be left in its file yet
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from interop.commands.shared import add_recipe
-from interop.files import BASES, load, save
+from interop.commands.shared import add_source, open_source
+from interop.files import BASES, save
 
 HELP = "rewrite an adapter folder: PEFT's copies of the bases become one, or none, or one per layer again"
 EXAMPLES = """\
@@ -16,16 +16,13 @@ randlora convert adapter wide --bases per-layer         for transformers' model.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
-    parser.add_argument("source", type=Path, help="the adapter folder to read, by PEFT or by randlora")
+    add_source(parser)
     parser.add_argument("target", type=Path, help="the folder to write")
-    parser.add_argument("--adapter-name", help="of one that stands in a sub-folder of the source")
     parser.add_argument("--bases", choices=BASES, help="how many copies to write; by default as the adapter says")
-    add_recipe(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder."""
-    adapter = load(options.source, adapter_name=options.adapter_name, recipe=options.recipe, lazy=True)
-    save(adapter, options.target, bases=options.bases)
+    save(open_source(options, options.source), options.target, bases=options.bases)
     print(f"wrote {options.target}")
     return 0

@@ -3,16 +3,15 @@
 import argparse
 import dataclasses
 import warnings
-from pathlib import Path
 from typing import Any
 
 from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter
 from interop.bases import RECIPES, bases_digest, make_bases
-from interop.commands.shared import add_json, add_recipe, show
+from interop.commands.shared import add_json, add_source, open_source, show
 from interop.config import RandLoraConfig
 from interop.contents import trained_tensors
-from interop.files import adapter_names, load
+from interop.files import adapter_names
 from interop.integrity import tensors_digest
 from interop.progress import progress
 from interop.shapes import shared_dims
@@ -27,10 +26,8 @@ randlora inspect adapter --no-recipes           where drawing all bases takes to
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments."""
-    parser.add_argument("folder", type=Path, help="the adapter folder")
-    parser.add_argument("--adapter-name", help="of one that stands in a sub-folder")
+    add_source(parser, "folder")
     parser.add_argument("--no-recipes", action="store_true", help="do not draw the bases that each recipe would give")
-    add_recipe(parser)
     add_json(parser)
 
 
@@ -39,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     names = adapter_names(options.folder) if options.folder.is_dir() else ()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # a missing recipe is in the summary
-        adapter = load(options.folder, adapter_name=options.adapter_name, recipe=options.recipe, lazy=True)
+        adapter = open_source(options, options.folder)
     show(Summary(adapter, names, not options.no_recipes), options.json)
     return 0
 
