@@ -250,7 +250,8 @@ def safetensors_parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -
         metadata: Texts by name.
     """
     header, starts = safetensors_header(tensors, metadata)
-    yield header
+    yield header[:8]
+    yield header[8:]
     for key in starts:
         yield from byte_chunks(tensors[key])
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from interop.bnb import CODES
 from interop.bnb_quantize import quantize_4bit, quantize_8bit, quantize_scales
 
 bnb = pytest.importorskip("bitsandbytes").functional
@@ -33,6 +34,24 @@ def test_4_bit_codes_and_scales_are_those_of_bitsandbytes(quant_type, shape, blo
     packed, absmax = quantize_4bit(weight.float().numpy(), quant_type, blocksize, kind)
     assert packed.tobytes() == want.numpy().tobytes()
     assert absmax.tobytes() == state.absmax.numpy().tobytes()
+
+
+@pytest.mark.parametrize("count", [50, 64])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_numbers_on_the_boundary_of_two_codes_fall_on_the_same_side(quant_type, count):
+    """Full blocks are multiplied by the inverse of their scale, a last one that is not full is divided by it."""
+    code = np.sort(np.array(CODES[quant_type], np.float32))
+    bounds = (code[:-1] + code[1:]) / np.float32(2)
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        scale = np.float32(rng.uniform(0.5, 1))
+        exact = bounds * scale
+        near = np.concatenate([exact, np.nextafter(exact, np.float32(2)), np.nextafter(exact, np.float32(-2))])
+        weight = np.zeros(count, np.float32)
+        weight[: near.size], weight[-1] = near, scale
+        want, _ = bnb.quantize_4bit(torch.tensor(weight), blocksize=64, quant_type=quant_type)
+        packed, _ = quantize_4bit(weight, quant_type, 64, np.dtype(np.float32))
+        assert packed.tobytes() == want.numpy().tobytes()
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
