@@ -5,7 +5,6 @@ A 4-bit weight is a tensor of packed nibbles (of any dtype, `bnb_4bit_quant_stor
 `.nested_absmax` and `.nested_quant_map`. An 8-bit layer is an int8 `weight`, its row maxima `SCB`, and `weight_format`.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Set
@@ -16,7 +15,9 @@ import numpy as np
 
 from interop.errors import bulleted
 from interop.modelfolder import CONFIG_NAME, CheckpointFormatError, ModelFolder
-from interop.tensorfile import DTYPES
+from interop.shapes import MAX_SIDE
+from interop.strictjson import JSONError, parse_object
+from interop.tensorfile import DTYPES, MAX_AXES
 
 MALFORMED = "{} holds malformed weights. Save the model again with save_pretrained, or download it again"
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -202,7 +203,7 @@ def _assemble_8bit(values: np.ndarray, pieces: dict[str, np.ndarray], config: di
         raise ValueError(f"has SCB, but is {values.dtype} {values.shape}; an 8-bit weight is int8 (out, in)")
     _check_array("SCB", pieces["SCB"], np.float32, values.shape[0])
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in _FLOATS:
+    if not isinstance(dtype, str) or dtype not in _FLOATS:
         raise ValueError(f"{CONFIG_NAME} gives the model the dtype {dtype!r}, it must be one of {list(_FLOATS)}")
     return Weight8bit(values, pieces["SCB"] * np.float32(1 / 127), _FLOATS[dtype])
 
@@ -251,11 +252,9 @@ def _parse_state(piece: str, content: np.ndarray) -> _QuantState:
     if quant_type not in CODES:
         raise ValueError(f"{piece} is no known quant_type: {list(CODES)} are read, as {_STATE}bitsandbytes__<type>")
     try:
-        fields = json.loads(content.tobytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{piece} is not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{piece} holds a JSON {type(fields).__name__}, not an object")
+        fields = parse_object(content.tobytes())
+    except JSONError as error:
+        raise ValueError(f"{piece} {error}") from error
     known = {"quant_type", "blocksize", "dtype", "shape"}
     if known - set(fields) or set(fields) - known not in (set(), set(_NESTED_FIELDS)):
         raise ValueError(
@@ -267,7 +266,9 @@ def _parse_state(piece: str, content: np.ndarray) -> _QuantState:
         "quant_type": fields["quant_type"] == quant_type,
         "blocksize": type(fields["blocksize"]) is int and fields["blocksize"] in BLOCKSIZES,
         "dtype": isinstance(fields["dtype"], str) and fields["dtype"] in _FLOATS,
-        "shape": isinstance(sizes, list) and bool(sizes) and all(type(size) is int and size > 0 for size in sizes),
+        "shape": isinstance(sizes, list)
+        and 0 < len(sizes) <= MAX_AXES
+        and all(type(s) is int and 0 < s <= MAX_SIDE for s in sizes),
         "nested_blocksize": "nested_blocksize" not in fields or (type(inner) is int and inner in BLOCKSIZES),
         "nested_dtype": fields.get("nested_dtype", "float32") == "float32",
         "nested_offset": "nested_offset" not in fields or (type(offset) is float and math.isfinite(offset)),

@@ -12,6 +12,7 @@ from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter
 from interop.bases import RECIPES, bases_digest
 from interop.config import RandLoraConfig
+from interop.errors import legible
 from interop.files import load, save
 
 EXAMPLES = """examples:
@@ -116,6 +117,7 @@ def _inspect(options: argparse.Namespace) -> None:
         grouped = type(value) is int and "seed" not in name
         print(f"{name:<21} {value:,d}" if grouped else f"{name:<21} {value}")
     print(f"{'modules':<21} {len(modules)}")
+    modules = {legible(name): module for name, module in modules.items()}
     width = max(map(len, modules))
     for name, module in modules.items():
         size = "x".join(map(str, module["shape"])) if module["shape"] else f"short side {module['short_side']}"

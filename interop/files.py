@@ -18,7 +18,7 @@ from interop.adapter import Adapter
 from interop.bases import DEFAULT_RECIPE, RECIPES, identify_recipe, make_bases
 from interop.card import write_card
 from interop.contents import Contents, bases_tensors, read_tensors, trained_tensors
-from interop.errors import AdapterFormatError, bulleted
+from interop.errors import AdapterFormatError, bulleted, legible
 from interop.fields import AdapterConfig
 from interop.folder import (
     CONFIG_NAME,
@@ -91,14 +91,14 @@ def load(
             notes = read_notes(path, file.metadata)
             kept = file.again() if lazy else None
             contents = read_tensors(path, file, config, read=kept and functools.partial(LazyTensor, kept))
+        try:
+            return _assemble(path, config, contents, notes, recipe)
+        except AdapterFormatError as error:
+            raise AdapterFormatError(f"{path}: {error}") from error
     except TensorFileError as error:
         raise AdapterFormatError(
             f"{path} is not a valid safetensors file ({error}). Copy or download it again."
         ) from error
-    try:
-        return _assemble(path, config, contents, notes, recipe)
-    except AdapterFormatError as error:
-        raise AdapterFormatError(f"{path}: {error}") from error
 
 
 def _folder_of(directory: str | os.PathLike[str], adapter_name: str | None) -> Path:
@@ -202,7 +202,7 @@ def _parse_config(file: ConfigFile) -> AdapterConfig:
     try:
         return AdapterConfig.from_dict({"inference_mode": True, **parse_object(file.content)})
     except (ValueError, TypeError) as error:
-        raise AdapterFormatError(f"{file.path} is not a valid config of an adapter: {error}") from error
+        raise AdapterFormatError(f"{file.path} is not a valid config of an adapter: {legible(error)}") from error
 
 
 def _assemble(
@@ -218,7 +218,7 @@ def _assemble(
     if isinstance(config, AdaLoraConfig) and recipe is not None:
         raise AdapterFormatError(f"it is an AdaLoRA adapter and has no bases for recipe={recipe!r}. Drop the argument.")
     if noted is not None and noted not in RECIPES:
-        raise AdapterFormatError(f"the bases were made by the unknown recipe {noted!r}. Upgrade randlora.")
+        raise AdapterFormatError(f"the bases were made by the unknown recipe {legible(repr(noted))}. Upgrade randlora.")
     if recipe and noted and recipe != noted:
         raise AdapterFormatError(
             f"the file names the recipe {noted!r}, but recipe={recipe!r} was passed. Drop the argument."

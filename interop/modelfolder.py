@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from interop.errors import bulleted
-from interop.strictjson import JSONError, parse_object
+from interop.regularfile import read_at_most
+from interop.strictjson import MAX_BYTES, JSONError, parse_object
 from interop.tensorfile import DTYPES, TensorFile, TensorFileError
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -89,7 +90,7 @@ class ModelFolder:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(read_at_most(path, MAX_BYTES))
     except JSONError as error:
         raise CheckpointFormatError(f"{path} {error}. Copy or download it again.") from error
 
