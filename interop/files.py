@@ -16,7 +16,7 @@ from typing import Any
 from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
 from interop.bases import DEFAULT_RECIPE, RECIPES, identify_recipe, make_bases
-from interop.card import write_card
+from interop.card import CARD_NAME, write_card
 from interop.contents import Contents, bases_tensors, read_tensors, trained_tensors
 from interop.errors import AdapterFormatError, bulleted, legible
 from interop.fields import AdapterConfig
@@ -105,9 +105,16 @@ def _folder_of(directory: str | os.PathLike[str], adapter_name: str | None) -> P
     """Where an adapter of that name stands in a folder, as PEFT puts it."""
     if adapter_name in (None, DEFAULT_NAME):
         return Path(directory)
-    if adapter_name in ("", ".", "..") or not set("/\\\0").isdisjoint(adapter_name):
-        raise ValueError(f"adapter_name={adapter_name!r} cannot be the name of a sub-folder: leave out '/' and '\\'.")
-    return Path(directory) / adapter_name
+    if adapter_name in ("", ".", "..") or not set("/\\:\0").isdisjoint(adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} cannot be the name of a sub-folder: leave out '/', '\\' and ':'."
+        )
+    inside = Path(directory) / adapter_name
+    if inside.is_symlink():  # in a folder from elsewhere, it may lead anywhere
+        raise AdapterFormatError(
+            f"{inside} is a link to another folder, which is not followed. Pass the folder that it leads to itself."
+        )
+    return inside
 
 
 def save(
@@ -138,7 +145,11 @@ def save(
     Raises:
         ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet, or a number of the
             adapter is inf or nan.
+        AdapterFormatError: the sub-folder of that name is a link to another folder.
         OSError: a file cannot be written, or another process saved there at once and no lock could prevent it.
+
+    Warns:
+        UserWarning: the model card could not be written; the adapter was saved.
     """
     directory = _folder_of(directory, adapter_name)
     adapter = _with_bases_as(adapter, bases)
@@ -150,11 +161,20 @@ def save(
         )
     directory.mkdir(parents=True, exist_ok=True)
     config = _config_on_disk(adapter).to_json().encode()
-    metadata = {"format": "pt", NOTES_KEY: json.dumps(make_notes(adapter, trained, config), sort_keys=True)}
+    notes = make_notes(adapter, trained, config)
+    metadata = {"format": "pt", NOTES_KEY: json.dumps(notes, sort_keys=True)}
     tensors = trained | (shared if getattr(adapter.config, "save_projection", False) else {})
     replace_pair(directory, config, safetensors_parts(tensors, metadata))
     if model_card:
+        _write_card(dataclasses.replace(adapter, recipe=notes["recipe"]), directory)
+
+
+def _write_card(adapter: Adapter, directory: Path) -> None:
+    try:
         write_card(adapter, directory)
+    except OSError as error:
+        message = f"the adapter was saved, but not its {CARD_NAME} ({error}). model_card=False silences this."
+        warnings.warn(message, stacklevel=3)
 
 
 def _with_bases_as(adapter: Adapter, bases: str | None) -> Adapter:
