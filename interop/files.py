@@ -6,7 +6,6 @@ What PEFT does not record is in `interop.notes`, in the metadata of the safetens
 
 import dataclasses
 import functools
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from interop.folder import (
     replace_pair,
 )
 from interop.integrity import not_finite
-from interop.notes import NOTES_KEY, check_bases, check_tensors, make_notes, read_notes
+from interop.notes import check_bases, check_tensors, make_notes, read_notes, seal
 from interop.shapes import shared_dims
 from interop.strictjson import parse_object
 from interop.tensorfile import LazyTensor, TensorFileError, safetensors_parts
@@ -162,9 +161,8 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     config = _config_on_disk(adapter).to_json().encode()
     notes = make_notes(adapter, trained, config)
-    metadata = {"format": "pt", NOTES_KEY: json.dumps(notes, sort_keys=True)}
     tensors = trained | (shared if getattr(adapter.config, "save_projection", False) else {})
-    replace_pair(directory, config, safetensors_parts(tensors, metadata))
+    replace_pair(directory, config, safetensors_parts(tensors, {"format": "pt", **seal(notes)}))
     if model_card:
         _write_card(dataclasses.replace(adapter, recipe=notes["recipe"]), directory)
 

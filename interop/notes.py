@@ -3,6 +3,8 @@
 It stands as JSON under `randlora` in the metadata of the safetensors file, which PEFT passes over.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from interop.strictjson import JSONError, parse_object
 
 FORMAT_VERSION = 1
 TENSORS_HASH = "tensors_sha256"
+SEAL_KEY = f"{NOTES_KEY}_sha256"  # where in the metadata the SHA-256 of the notes stands
 BASES_HASH = "bases_sha256"
 HASHES = (BASES_HASH, CONFIG_HASH, TENSORS_HASH)
 KEYS = ("format_version", "recipe", "max_dim", "min_dim", "shapes", *HASHES)  # all of them, in version 1
@@ -38,21 +41,30 @@ def make_notes(adapter: Adapter, trained: Mapping[str, Any], config: bytes) -> d
     }
 
 
+def seal(notes: Mapping[str, Any]) -> dict[str, str]:
+    """The notes as metadata: their text, and its SHA-256, so that they are whole or not there at all."""
+    text = json.dumps(notes, sort_keys=True)
+    return {NOTES_KEY: text, SEAL_KEY: _sha256(text)}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The notes in a file's metadata, checked for types; {} for a file by PEFT.
 
     Raises:
-        AdapterFormatError: they are malformed or misplaced, or of a later version.
+        AdapterFormatError: they are damaged or malformed, or of a later version.
     """
-    text = metadata.get(NOTES_KEY)
-    if text is None:
-        misplaced = [legible(repr(key)) for key, value in metadata.items() if f'"{BASES_HASH}"' in value]
-        if misplaced:
-            raise AdapterFormatError(
-                f"{path}: notes for the metadata entry {NOTES_KEY!r} stand under {misplaced[0]}: the file was damaged."
-                " Copy or download it again."
-            )
+    text, sealed = metadata.get(NOTES_KEY), metadata.get(SEAL_KEY)
+    if text is None and sealed is None:
         return {}
+    if text is None or sealed != _sha256(text):
+        raise AdapterFormatError(
+            f"{path}: the metadata entry {NOTES_KEY!r} was damaged or edited, by its SHA-256 under {SEAL_KEY!r}. Copy"
+            " or download the file again."
+        )
     try:
         notes = parse_object(text.encode())
         _check_version(path, notes)
