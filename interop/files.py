@@ -270,8 +270,11 @@ def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapt
     """Rebuild the bases if the file says how; else leave them to the model, whose layers size them."""
     if notes.get("recipe") and notes.get("max_dim") and notes.get("min_dim"):
         dims = {name: notes[name] for name in ("max_dim", "min_dim")}
-        if adapter.shapes and shared_dims(adapter.shapes.values())._asdict() != dims:
-            raise AdapterFormatError(f"its notes contradict each other: {dims} does not follow from the shapes.")
+        short = max(gamma.shape[1] for _, gamma in adapter.factors.values())
+        if short > dims["min_dim"] or (adapter.shapes and shared_dims(adapter.shapes.values())._asdict() != dims):
+            raise AdapterFormatError(
+                f"its notes contradict each other: {dims} does not follow from the layers' shapes."
+            )
         try:
             bases = make_bases(adapter.config, **dims, recipe=notes["recipe"])
         except (ValueError, MemoryError) as error:

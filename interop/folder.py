@@ -269,7 +269,8 @@ def _recorded_hash(file: TensorFile) -> str | None:
 
 def adapter_folders(directory: Path) -> list[str]:
     """Names of the sub-folders that hold an adapter: PEFT writes one for each adapter that is not called "default"."""
-    return sorted(child.name for child in directory.iterdir() if (child / CONFIG_NAME).is_file())
+    inside = (child for child in directory.iterdir() if not child.is_symlink())
+    return sorted(child.name for child in inside if (child / CONFIG_NAME).is_file())
 
 
 def _missing(directory: Path, name: str) -> Exception:
