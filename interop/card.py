@@ -55,6 +55,9 @@ Where the JAX model calls or arranges its kernels otherwise than the names below
 ## Adapted layers
 
 $layers
+
+## Other trained tensors
+$others
 """)
 
 
@@ -66,8 +69,6 @@ def model_card(adapter: Adapter) -> str:
     facts = _of_adalora(adapter) if isinstance(config, AdaLoraConfig) else _of_randlora(adapter)
     facts["trainable parameters"] = f"{adapter.num_trainable:,d} in {len(adapter.factors)} layers"
     facts["stored as"] = ", ".join(sorted({str(part.dtype) for parts in adapter.factors.values() for part in parts}))
-    if adapter.saved_weights:
-        facts["other trained tensors"] = ", ".join(_code(key, cell=True) for key in sorted(adapter.saved_weights))
     here = _quoted("path/to/this/folder")
     attach = f"randlora_jax.attach(model, {here})  # a Flax NNX model; or\n\n"  # takes RandLoRA only
     return _TEXT.substitute(
@@ -82,6 +83,7 @@ def model_card(adapter: Adapter) -> str:
         here=here,
         attach="" if isinstance(config, AdaLoraConfig) else attach,
         layers="\n".join(f"- {_code(name)}{_size(adapter, name)}" for name in adapter.factors),
+        others="".join(f"\n- {_code(key)}" for key in sorted(adapter.saved_weights)) or "\n- none",
     )
 
 
@@ -101,13 +103,12 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _code(text: str, *, cell: bool = False) -> str:
-    """A text as code in Markdown, inside more backticks in a row than it has itself; `cell`: of a table."""
+def _code(text: str) -> str:
+    """A text as code in Markdown, inside more backticks in a row than it has itself. In a table, "|" would end it."""
     text = legible(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in (text[:1], text[-1:]) or text.startswith(" ") else ""
-    code = f"{fence}{space}{text}{space}{fence}"
-    return code.replace("|", "\\|") if cell else code
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 _SUMMARY = {
