@@ -167,9 +167,9 @@ ADALORA = {
     "ranks beyond memory": ({"init_r": 10**12, "rank_pattern": None}, r"do not fit 1000000000000 triplets"),
     "ranks beyond 64 bits": ({"init_r": 10**30, "rank_pattern": None}, r"do not fit 10{30} triplets"),
     "a pattern of another length": ({"init_r": 10**12}, r"has 4 triplets, not init_r=1000000000000"),
-    "a pattern of a million": ({"rank_pattern": {"block.0.up.lora_E": [True] * 10**6}}, r"has 1000000 triplets, not"),
+    "a long pattern": ({"rank_pattern": {"block.0.up.lora_E": [True] * 10**5}}, r"has 100000 triplets, not init_r=4"),
     "many patterns": (
-        {"rank_pattern": {f"m{i}.lora_E": [False] * 4 for i in range(50_000)}},
+        {"rank_pattern": {f"m{i}.lora_E": [False] * 4 for i in range(5000)}},
         r"rank_pattern names \['m0\.lora_E', .*, which are not adapted",
     ),
     "a pattern of a text": (
