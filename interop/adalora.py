@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 
 from interop.fields import AdapterConfig, is_int, is_number
+from interop.shapes import MAX_SIDE
 
 _EPSILON = 1e-5  # PEFT's, in the divisor of the scaling
 # Fields of PEFT's LoraConfig with which AdaLoRA adapts another thing than its three matrices, or PEFT refuses it.
@@ -142,7 +143,8 @@ class AdaLoraConfig(AdapterConfig):
 
     def rank(self, module: str) -> int:
         """How many triplets of a layer are left."""
-        return sum(self.kept(module))
+        kept = (self.rank_pattern or {}).get(f"{module}.lora_E")
+        return self.init_r if kept is None else sum(kept)
 
     def with_kept(self, kept: Mapping[str, Sequence[bool]]) -> "AdaLoraConfig":
         """This config with the triplets that are left in each layer; no pattern if all are."""
@@ -230,7 +232,11 @@ def misfits(adapter: Any) -> Iterable[str]:
     for name, factors in adapter.factors.items():
         shapes = SVDFactors(*(tuple(part.shape) for part in factors))
         wide = shapes.A[1:] + shapes.B[:1]
-        if len(wide) != 2 or 0 in wide or shapes != factor_shapes(config.rank(name), (wide[1], wide[0])):
+        if (
+            len(wide) != 2
+            or not 0 < min(wide) <= max(wide) <= MAX_SIDE
+            or shapes != factor_shapes(config.rank(name), (wide[1], wide[0]))
+        ):
             yield (
                 f"{name}: lora_A {shapes.A}, lora_E {shapes.E} and lora_B {shapes.B} do not fit"
                 f" {config.rank(name)} triplets (init_r, rank_pattern): they are (r, in), (r, 1), (out, r)"

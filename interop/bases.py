@@ -229,14 +229,16 @@ def _normalize(name: str, drawn: np.ndarray, config: RandLoraConfig, min_dim: in
     every = np.arange(1 << 16, dtype=np.uint16).view(drawn.dtype)
     with np.errstate(all="ignore"):
         quotient = (every.astype(np.float32) / np.float32(np.float32(std).astype(drawn.dtype))).astype(drawn.dtype)
-    for chunk in _chunks(drawn):  # numpy makes 8 bytes of each index
-        chunk[...] = quotient[chunk.view(np.uint16)]
+    for chunk in _chunks(drawn):  # numpy turns the indices into int64 first
+        chunk[:] = quotient[chunk.view(np.uint16)]
     return drawn
 
 
 def _half_std(values: np.ndarray) -> float:
     """Sample standard deviation in float64, from a histogram of the 65536 bit patterns (nan for a single value)."""
-    counts = sum(np.bincount(chunk.view(np.uint16), minlength=1 << 16) for chunk in _chunks(values)).astype(np.float64)
+    counts = np.zeros(1 << 16)
+    for chunk in _chunks(values):  # numpy counts in a copy as int64
+        counts += np.bincount(chunk.view(np.uint16), minlength=1 << 16)
     present = counts > 0
     levels = np.arange(1 << 16, dtype=np.uint16)[present].view(values.dtype).astype(np.float64)
     counts = counts[present]

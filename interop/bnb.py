@@ -5,7 +5,6 @@ A 4-bit weight is a tensor of packed nibbles (of any dtype, `bnb_4bit_quant_stor
 `.nested_absmax` and `.nested_quant_map`. An 8-bit layer is an int8 `weight`, its row maxima `SCB`, and `weight_format`.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Set
@@ -16,7 +15,9 @@ import numpy as np
 
 from interop.errors import bulleted
 from interop.modelfolder import CONFIG_NAME, FLOATS, CheckpointFormatError, ModelFolder, model_dtype
-from interop.tensorfile import DTYPES
+from interop.shapes import MAX_SIDE
+from interop.strictjson import JSONError, parse_object
+from interop.tensorfile import DTYPES, MAX_AXES
 
 MALFORMED = "{} holds malformed weights. Save the model again with save_pretrained, or download it again"
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -249,11 +250,9 @@ def parse_state(piece: str, content: np.ndarray) -> QuantState:
     if quant_type not in CODES:
         raise ValueError(f"{piece} is no known quant_type: {list(CODES)} are read, as {_STATE}bitsandbytes__<type>")
     try:
-        fields = json.loads(content.tobytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{piece} is not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{piece} holds a JSON {type(fields).__name__}, not an object")
+        fields = parse_object(content.tobytes())
+    except JSONError as error:
+        raise ValueError(f"{piece} {error}") from error
     known = {"quant_type", "blocksize", "dtype", "shape"}
     if known - set(fields) or set(fields) - known not in (set(), set(_NESTED_FIELDS)):
         raise ValueError(
@@ -265,7 +264,9 @@ def parse_state(piece: str, content: np.ndarray) -> QuantState:
         "quant_type": fields["quant_type"] == quant_type,
         "blocksize": type(fields["blocksize"]) is int and fields["blocksize"] in BLOCKSIZES,
         "dtype": isinstance(fields["dtype"], str) and fields["dtype"] in FLOATS,
-        "shape": isinstance(sizes, list) and bool(sizes) and all(type(size) is int and size > 0 for size in sizes),
+        "shape": isinstance(sizes, list)
+        and 0 < len(sizes) <= MAX_AXES
+        and all(type(s) is int and 0 < s <= MAX_SIDE for s in sizes),
         "nested_blocksize": "nested_blocksize" not in fields or (type(inner) is int and inner in BLOCKSIZES),
         "nested_dtype": fields.get("nested_dtype", "float32") == "float32",
         "nested_offset": "nested_offset" not in fields or (type(offset) is float and math.isfinite(offset)),

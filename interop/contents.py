@@ -70,14 +70,46 @@ def read_tensors(
     Raises:
         AdapterFormatError: a tensor is missing, left over, of a dtype that adapters do not have, or holds inf or nan,
             or a basis has several copies that differ; all are listed.
+        TensorFileError: the file became shorter while it was read.
     """
-    read = read or file.tensor
+    kind = factors_kind(config)
+    found, problems = _sorted(file, config)
+    for module, parts in found.factors.items():
+        problems += [f"base_model.model.{module}.{part}: missing" for part in PARTS[kind] if part not in parts]
+    if found.copies:
+        missing = [part for part in _BASES if part not in found.copies]
+        problems += [f"base_model.{part}: missing, the other basis is there" for part in missing]
+    _raise(path, config, problems)  # before anything is read
+    kept = {key: (read or file.tensor)(key) for key in found.keys}
+    bases = {part: file.tensor(keys[0]) for part, keys in found.copies.items()}
+    problems = [f"{key}: holds inf or nan" for key in not_finite(kept)]
+    for part, (first, *others) in found.copies.items():
+        problems += [f"{first}: holds inf or nan" for _ in not_finite({first: bases[part]})]
+        problems += [
+            f"{key}: differs from another copy of basis {part[-1]} in the same file"
+            for key in others
+            if not _holds(file, key, bases[part])
+        ]
+    _raise(path, config, problems)
+    factors = {
+        module: kind(*(kept.pop(parts[part]) for part in PARTS[kind])) for module, parts in found.factors.items()
+    }
+    return Contents(factors, Bases(*(bases[part] for part in _BASES)) if bases else None, kept)
+
+
+class _Sorted(NamedTuple):
+    """Keys of a file, by what they are."""
+
+    keys: list[str]  # all but those of bases
+    factors: dict[str, dict[str, str]]  # by module and part
+    copies: dict[str, list[str]]  # of the bases, by part
+
+
+def _sorted(file: Any, config: AdapterConfig) -> tuple[_Sorted, list[str]]:
+    """The keys of a file, and what is wrong with each of them."""
     kind = factors_kind(config)
     wanted, bases = PARTS[kind], _BASES if kind is Factors else ()
-    found: dict[str, dict[str, np.ndarray]] = {}
-    copies: dict[str, np.ndarray] = {}
-    others: dict[str, np.ndarray] = {}
-    values: dict[str, Any] = {}
+    found = _Sorted([], {}, {})
     problems: list[str] = []
     for key in file.keys():
         match = _KEY.fullmatch(key)
@@ -85,29 +117,23 @@ def read_tensors(
         if file.dtype(key) not in _DTYPES:
             problems.append(f"{key}: dtype {file.dtype(key)} is not one of {sorted(map(str, _DTYPES))}")
         elif part in bases:
-            if part not in copies:
-                copies[part] = values[key] = file.tensor(key)
-            elif not _holds(file, key, copies[part]):
-                problems.append(f"{key}: differs from another copy of basis {part[-1]} in the same file")
+            found.copies.setdefault(part, []).append(key)
         elif part in wanted and module is not None:
-            found.setdefault(module, {})[part] = values[key] = read(key)
+            found.factors.setdefault(module, {})[part] = key
+            found.keys.append(key)
         elif part in wanted:
             names = " and ".join(name.removeprefix("randlora_") for name in wanted)
             problems.append(f"{key}: left over; {names} belong to a module")
         elif not _accounted_for(key, config):
             problems.append(f"{key}: left over; no tensor of {config.METHOD}, nor named by bias or modules_to_save")
         else:
-            others[key] = values[key] = read(key)
-    for module, parts in found.items():
-        problems += [f"base_model.model.{module}.{part}: missing" for part in wanted if part not in parts]
-    if copies:
-        missing = [part for part in bases if part not in copies]
-        problems += [f"base_model.{part}: missing, the other basis is there" for part in missing]
-    problems += [f"{key}: holds inf or nan" for key in not_finite(values)]
+            found.keys.append(key)
+    return found, problems
+
+
+def _raise(path: Path, config: AdapterConfig, problems: list[str]) -> None:
     if problems:
         raise AdapterFormatError(bulleted(f"{path} is not a complete {config.METHOD} adapter", problems))
-    factors = {module: kind(*(parts[part] for part in wanted)) for module, parts in found.items()}
-    return Contents(factors, Bases(*(copies[part] for part in bases)) if copies else None, others)
 
 
 def _holds(file: Any, key: str, array: np.ndarray) -> bool:

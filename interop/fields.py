@@ -10,8 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+from interop.regularfile import read_at_most
+from interop.strictjson import MAX_BYTES, parse_object
+
 # The heads that PEFT trains in full for a task type, whatever `modules_to_save` says.
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+MAX_MODULES_TO_SAVE = 1000  # each is compared with every tensor of a file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ class AdapterConfig(abc.ABC):
             FileNotFoundError: the folder has no such file.
             TypeError, ValueError: see `from_dict`; or the file is no JSON.
         """
-        return cls.from_dict(json.loads((Path(directory) / "adapter_config.json").read_text(encoding="utf-8-sig")))
+        return cls.from_dict(parse_object(read_at_most(Path(directory) / "adapter_config.json", MAX_BYTES)))
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write `adapter_config.json` into a folder; an adapter is saved whole by `interop.save`."""
@@ -124,7 +128,7 @@ class AdapterConfig(abc.ABC):
         fields = dict(fields)
         kinds = {kind.PEFT_TYPE: kind for kind in (cls.__subclasses__() if cls is AdapterConfig else [cls])}
         peft_type = fields.pop("peft_type", "RANDLORA" if cls is AdapterConfig else cls.PEFT_TYPE)
-        if peft_type not in kinds:
+        if not isinstance(peft_type, str) or peft_type not in kinds:
             methods = " or ".join(sorted((kind.METHOD for kind in kinds.values()), reverse=True))
             methods = f"an {methods}" if methods.startswith("A") else f"a {methods}"
             allowed = " and ".join(sorted(map(repr, kinds), reverse=True))
@@ -149,6 +153,13 @@ class AdapterConfig(abc.ABC):
             self._require(name, ok, "must be None, a string or a list of non-empty strings.", error=TypeError)
         ok = self.modules_to_save is None or _is_names(self.modules_to_save)
         self._require("modules_to_save", ok, "must be None or a list of module names.", error=TypeError)
+        ok = self.modules_to_save is None or len(self.modules_to_save) <= MAX_MODULES_TO_SAVE
+        self._require("modules_to_save", ok, f"must name at most {MAX_MODULES_TO_SAVE} modules.")
+        for name in ("task_type", "base_model_name_or_path", "revision", "peft_version"):
+            ok = getattr(self, name) is None or isinstance(getattr(self, name), str)
+            self._require(name, ok, "must be None or a string.", error=TypeError)
+        ok = self.auto_mapping is None or isinstance(self.auto_mapping, Mapping)
+        self._require("auto_mapping", ok, "must be None or a dict.", error=TypeError)
         layers = self.layers_to_transform
         ok = layers is None or is_int(layers) or (isinstance(layers, tuple) and all(map(is_int, layers)))
         self._require("layers_to_transform", ok, "must be None, an int or a list of ints.", error=TypeError)

@@ -6,7 +6,6 @@ What PEFT does not record is in `interop.notes`, in the metadata of the safetens
 
 import dataclasses
 import functools
-import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -16,9 +15,9 @@ from typing import Any
 from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
 from interop.bases import DEFAULT_RECIPE, RECIPES, identify_recipe, make_bases
-from interop.card import write_card
+from interop.card import CARD_NAME, write_card
 from interop.contents import Contents, bases_tensors, read_tensors, trained_tensors
-from interop.errors import AdapterFormatError, bulleted
+from interop.errors import AdapterFormatError, bulleted, legible
 from interop.fields import AdapterConfig
 from interop.folder import (
     CONFIG_NAME,
@@ -29,7 +28,7 @@ from interop.folder import (
     replace_pair,
 )
 from interop.integrity import not_finite
-from interop.notes import NOTES_KEY, check_bases, check_tensors, make_notes, read_notes
+from interop.notes import check_bases, check_tensors, make_notes, read_notes, seal
 from interop.shapes import shared_dims
 from interop.strictjson import parse_object
 from interop.tensorfile import LazyTensor, TensorFileError, safetensors_parts
@@ -91,23 +90,30 @@ def load(
             notes = read_notes(path, file.metadata)
             kept = file.again() if lazy else None
             contents = read_tensors(path, file, config, read=kept and functools.partial(LazyTensor, kept))
+        try:
+            return _assemble(path, config, contents, notes, recipe)
+        except AdapterFormatError as error:
+            raise AdapterFormatError(f"{path}: {error}") from error
     except TensorFileError as error:
         raise AdapterFormatError(
             f"{path} is not a valid safetensors file ({error}). Copy or download it again."
         ) from error
-    try:
-        return _assemble(path, config, contents, notes, recipe)
-    except AdapterFormatError as error:
-        raise AdapterFormatError(f"{path}: {error}") from error
 
 
 def _folder_of(directory: str | os.PathLike[str], adapter_name: str | None) -> Path:
     """Where an adapter of that name stands in a folder, as PEFT puts it."""
     if adapter_name in (None, DEFAULT_NAME):
         return Path(directory)
-    if adapter_name in ("", ".", "..") or not set("/\\\0").isdisjoint(adapter_name):
-        raise ValueError(f"adapter_name={adapter_name!r} cannot be the name of a sub-folder: leave out '/' and '\\'.")
-    return Path(directory) / adapter_name
+    if adapter_name in ("", ".", "..") or not set("/\\:\0").isdisjoint(adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r} cannot be the name of a sub-folder: leave out '/', '\\' and ':'."
+        )
+    inside = Path(directory) / adapter_name
+    if inside.is_symlink():  # in a folder from elsewhere, it may lead anywhere
+        raise AdapterFormatError(
+            f"{inside} is a link to another folder, which is not followed. Pass the folder that it leads to itself."
+        )
+    return inside
 
 
 def save(
@@ -138,7 +144,11 @@ def save(
     Raises:
         ValueError: the bases cannot be left out (no recipe rebuilds them) or are not known yet, or a number of the
             adapter is inf or nan.
+        AdapterFormatError: the sub-folder of that name is a link to another folder.
         OSError: a file cannot be written, or another process saved there at once and no lock could prevent it.
+
+    Warns:
+        UserWarning: the model card could not be written; the adapter was saved.
     """
     directory = _folder_of(directory, adapter_name)
     adapter = _with_bases_as(adapter, bases)
@@ -150,11 +160,19 @@ def save(
         )
     directory.mkdir(parents=True, exist_ok=True)
     config = _config_on_disk(adapter).to_json().encode()
-    metadata = {"format": "pt", NOTES_KEY: json.dumps(make_notes(adapter, trained, config), sort_keys=True)}
+    notes = make_notes(adapter, trained, config)
     tensors = trained | (shared if getattr(adapter.config, "save_projection", False) else {})
-    replace_pair(directory, config, safetensors_parts(tensors, metadata))
+    replace_pair(directory, config, safetensors_parts(tensors, {"format": "pt", **seal(notes)}))
     if model_card:
+        _write_card(dataclasses.replace(adapter, recipe=notes["recipe"]), directory)
+
+
+def _write_card(adapter: Adapter, directory: Path) -> None:
+    try:
         write_card(adapter, directory)
+    except OSError as error:
+        message = f"the adapter was saved, but not its {CARD_NAME} ({error}). model_card=False silences this."
+        warnings.warn(message, stacklevel=3)
 
 
 def _with_bases_as(adapter: Adapter, bases: str | None) -> Adapter:
@@ -202,7 +220,7 @@ def _parse_config(file: ConfigFile) -> AdapterConfig:
     try:
         return AdapterConfig.from_dict({"inference_mode": True, **parse_object(file.content)})
     except (ValueError, TypeError) as error:
-        raise AdapterFormatError(f"{file.path} is not a valid config of an adapter: {error}") from error
+        raise AdapterFormatError(f"{file.path} is not a valid config of an adapter: {legible(error)}") from error
 
 
 def _assemble(
@@ -218,7 +236,7 @@ def _assemble(
     if isinstance(config, AdaLoraConfig) and recipe is not None:
         raise AdapterFormatError(f"it is an AdaLoRA adapter and has no bases for recipe={recipe!r}. Drop the argument.")
     if noted is not None and noted not in RECIPES:
-        raise AdapterFormatError(f"the bases were made by the unknown recipe {noted!r}. Upgrade randlora.")
+        raise AdapterFormatError(f"the bases were made by the unknown recipe {legible(repr(noted))}. Upgrade randlora.")
     if recipe and noted and recipe != noted:
         raise AdapterFormatError(
             f"the file names the recipe {noted!r}, but recipe={recipe!r} was passed. Drop the argument."
@@ -252,8 +270,11 @@ def _without_bases(path: Path, adapter: Adapter, notes: dict[str, Any]) -> Adapt
     """Rebuild the bases if the file says how; else leave them to the model, whose layers size them."""
     if notes.get("recipe") and notes.get("max_dim") and notes.get("min_dim"):
         dims = {name: notes[name] for name in ("max_dim", "min_dim")}
-        if adapter.shapes and shared_dims(adapter.shapes.values())._asdict() != dims:
-            raise AdapterFormatError(f"its notes contradict each other: {dims} does not follow from the shapes.")
+        short = max(gamma.shape[1] for _, gamma in adapter.factors.values())
+        if short > dims["min_dim"] or (adapter.shapes and shared_dims(adapter.shapes.values())._asdict() != dims):
+            raise AdapterFormatError(
+                f"its notes contradict each other: {dims} does not follow from the layers' shapes."
+            )
         try:
             bases = make_bases(adapter.config, **dims, recipe=notes["recipe"])
         except (ValueError, MemoryError) as error:

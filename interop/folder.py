@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from interop.errors import AdapterFormatError
+from interop.errors import AdapterFormatError, legible
+from interop.regularfile import read_at_most
 from interop.strictjson import MAX_BYTES, JSONError, parse_object
 from interop.tensorfile import TensorFile, TensorFileError
 
@@ -238,9 +239,7 @@ def _is_stale(path: Path) -> bool:
 
 def _content(path: Path) -> bytes | None:
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            return file.read(min(size, MAX_BYTES) + 1)  # `parse_object` refuses what is longer
+        return read_at_most(path, MAX_BYTES)  # `parse_object` refuses what is longer
     except FileNotFoundError:
         return None
 
@@ -270,7 +269,8 @@ def _recorded_hash(file: TensorFile) -> str | None:
 
 def adapter_folders(directory: Path) -> list[str]:
     """Names of the sub-folders that hold an adapter: PEFT writes one for each adapter that is not called "default"."""
-    return sorted(child.name for child in directory.iterdir() if (child / CONFIG_NAME).is_file())
+    inside = (child for child in directory.iterdir() if not child.is_symlink())
+    return sorted(child.name for child in inside if (child / CONFIG_NAME).is_file())
 
 
 def _missing(directory: Path, name: str) -> Exception:
@@ -281,6 +281,12 @@ def _missing(directory: Path, name: str) -> Exception:
             f"{directory} holds adapter_model.bin, a pickle, which can run code when it is read. Load it with PEFT and"
             " write it again with model.save_pretrained(folder, safe_serialization=True)."
         )
+    if os.path.lexists(directory / name):
+        return FileNotFoundError(f"{directory / name} is not a regular file, nor a link to one.")
     inside = adapter_folders(directory)
-    hint = f" Its sub-folders {inside} do, one per adapter name: pass adapter_name, or one of them." if inside else ""
+    hint = (
+        f" Its sub-folders {legible(inside)} do, one per adapter name: pass adapter_name, or one of them."
+        if inside
+        else ""
+    )
     return FileNotFoundError(f"{directory} holds no {name}.{hint}")

@@ -9,7 +9,8 @@ from typing import Any, Self
 import numpy as np
 
 from interop.errors import bulleted
-from interop.strictjson import JSONError, parse_object
+from interop.regularfile import read_at_most
+from interop.strictjson import MAX_BYTES, JSONError, parse_object
 from interop.tensorfile import DTYPES, TensorFile, TensorFileError
 
 CONFIG_NAME, WEIGHTS_NAME = "config.json", "model.safetensors"
@@ -95,7 +96,7 @@ class ModelFolder:
 def model_dtype(config: Mapping[str, Any]) -> np.dtype:
     """The dtype that config.json gives a model, in which its 8-bit layers compute."""
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    if dtype not in FLOATS:
+    if not isinstance(dtype, str) or dtype not in FLOATS:
         raise ValueError(f"{CONFIG_NAME} gives the model the dtype {dtype!r}, it must be one of {list(FLOATS)}")
     return FLOATS[dtype]
 
@@ -107,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointFormatError: it is malformed.
     """
     try:
-        return parse_object(path.read_bytes())
+        return parse_object(read_at_most(path, MAX_BYTES))
     except JSONError as error:
         raise CheckpointFormatError(f"{path} {error}. Copy or download it again.") from error
 

@@ -3,13 +3,15 @@
 It stands as JSON under `randlora` in the metadata of the safetensors file, which PEFT passes over.
 """
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from interop.adapter import Adapter
 from interop.bases import Bases, bases_digest, recipe_gives_A
-from interop.errors import AdapterFormatError
+from interop.errors import AdapterFormatError, legible
 from interop.folder import CONFIG_HASH, NOTES_KEY, digest
 from interop.integrity import tensors_digest
 from interop.shapes import MAX_SIDE
@@ -17,7 +19,10 @@ from interop.strictjson import JSONError, parse_object
 
 FORMAT_VERSION = 1
 TENSORS_HASH = "tensors_sha256"
+SEAL_KEY = f"{NOTES_KEY}_sha256"  # where in the metadata the SHA-256 of the notes stands
 BASES_HASH = "bases_sha256"
+HASHES = (BASES_HASH, CONFIG_HASH, TENSORS_HASH)
+KEYS = ("format_version", "recipe", "max_dim", "min_dim", "shapes", *HASHES)  # all of them, in version 1
 
 
 def make_notes(adapter: Adapter, trained: Mapping[str, Any], config: bytes) -> dict[str, Any]:
@@ -36,35 +41,67 @@ def make_notes(adapter: Adapter, trained: Mapping[str, Any], config: bytes) -> d
     }
 
 
+def seal(notes: Mapping[str, Any]) -> dict[str, str]:
+    """The notes as metadata: their text, and its SHA-256, so that they are whole or not there at all."""
+    text = json.dumps(notes, sort_keys=True)
+    return {NOTES_KEY: text, SEAL_KEY: _sha256(text)}
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_notes(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     """The notes in a file's metadata, checked for types; {} for a file by PEFT.
 
     Raises:
-        AdapterFormatError: they are malformed, or of a later version.
+        AdapterFormatError: they are damaged or malformed, or of a later version.
     """
-    text = metadata.get(NOTES_KEY)
-    if text is None:
+    text, sealed = metadata.get(NOTES_KEY), metadata.get(SEAL_KEY)
+    if text is None and sealed is None:
         return {}
+    if text is None or sealed != _sha256(text):
+        raise AdapterFormatError(
+            f"{path}: the metadata entry {NOTES_KEY!r} was damaged or edited, by its SHA-256 under {SEAL_KEY!r}. Copy"
+            " or download the file again."
+        )
     try:
         notes = parse_object(text.encode())
-        version = notes["format_version"]
-        if type(version) is not int or version < 1:
-            raise TypeError("format_version must be a positive integer")
-        if version > FORMAT_VERSION:
-            raise AdapterFormatError(
-                f"{path} has format_version {version}, this release reads up to {FORMAT_VERSION}: upgrade randlora."
-            )
-        sizes = [notes[name] for name in ("max_dim", "min_dim") if notes.get(name) is not None]
-        sizes += [size for shape in (notes.get("shapes") or {}).values() for size in _pair(shape)]
-        names = ("recipe", BASES_HASH, CONFIG_HASH, TENSORS_HASH)
-        texts = [notes[name] for name in names if notes.get(name) is not None]
-        if not all(type(size) is int and 0 < size <= MAX_SIDE for size in sizes):
-            raise TypeError(f"sizes must be integers from 1 to {MAX_SIDE}")
-        if not all(type(text) is str for text in texts):
-            raise TypeError("the recipe and SHA-256 sums must be strings")
-        return notes
-    except (JSONError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterFormatError(f"{path}: the metadata entry {NOTES_KEY!r} is malformed ({error!r}).") from error
+        _check_version(path, notes)
+        _check_types(notes)
+    except (JSONError, KeyError, TypeError) as error:
+        raise AdapterFormatError(
+            f"{path}: the metadata entry {NOTES_KEY!r} is malformed ({legible(repr(error))}). Copy or download the file"
+            " again."
+        ) from error
+    return notes
+
+
+def _check_version(path: Path, notes: Mapping[str, Any]) -> None:
+    version = notes["format_version"]
+    if type(version) is not int or version < 1:
+        raise TypeError("format_version must be a positive integer")
+    if version > FORMAT_VERSION:
+        raise AdapterFormatError(
+            f"{path} has format_version {legible(version)}, this release reads up to {FORMAT_VERSION}: upgrade"
+            " randlora."
+        )
+
+
+def _check_types(notes: Mapping[str, Any]) -> None:
+    wrong = sorted(notes.keys() ^ set(KEYS))
+    if wrong:
+        raise TypeError(f"{wrong} are missing or unknown; version {FORMAT_VERSION} has {list(KEYS)}")
+    texts = [notes[name] for name in ("recipe", *HASHES) if notes[name] is not None]
+    if not all(type(text) is str for text in texts):
+        raise TypeError("the recipe and SHA-256 sums must be strings")
+    shapes = {} if notes["shapes"] is None else notes["shapes"]
+    if not isinstance(shapes, dict):
+        raise TypeError("shapes must be an object or null")
+    sizes = [notes[name] for name in ("max_dim", "min_dim") if notes[name] is not None]
+    sizes += [size for shape in shapes.values() for size in _pair(shape)]
+    if not all(type(size) is int and 0 < size <= MAX_SIDE for size in sizes):
+        raise TypeError(f"sizes must be integers from 1 to {MAX_SIDE}")
 
 
 def _pair(shape: Any) -> Any:
@@ -81,7 +118,7 @@ def check_bases(bases: Bases, notes: Mapping[str, Any], cause: str) -> None:
     """
     want, got = notes.get(BASES_HASH), bases_digest(bases)
     if want != got:
-        raise AdapterFormatError(f"the bases have SHA-256 {got}, the file was written with {want}. {cause}")
+        raise AdapterFormatError(f"the bases have SHA-256 {got}, the file was written with {legible(want)}. {cause}")
 
 
 def check_tensors(trained: Mapping[str, Any], notes: Mapping[str, Any]) -> None:

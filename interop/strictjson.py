@@ -1,10 +1,15 @@
 """JSON from untrusted files: of bounded size and depth, without duplicate keys, in text that can be written again."""
 
 import json
+import math
 from typing import Any
+
+from interop.errors import legible
 
 MAX_BYTES = 1 << 24  # 16 MiB; the header of an adapter with 10,000 adapted layers takes 4
 MAX_DEPTH = 64
+MAX_DIGITS = 4000
+MAX_MARKS = 1 << 20  # commas and opening brackets: what values take in memory is up to 30 times their text
 
 
 class JSONError(ValueError):
@@ -19,16 +24,17 @@ def parse_object(content: bytes) -> dict[str, Any]:
     """
     if len(content) > MAX_BYTES:
         raise JSONError(f"has {len(content):,d} bytes of JSON, {MAX_BYTES:,d} are allowed")
+    marks = sum(map(content.count, (b",", b"[", b"{")))
+    if marks > MAX_MARKS:
+        raise JSONError(f"has {marks:,d} commas and brackets, {MAX_MARKS:,d} are allowed")
     try:
-        value = json.loads(
-            content.decode("utf-8-sig"), object_pairs_hook=_without_duplicates, parse_constant=_no_constant
-        )
+        value = _DECODER.decode(content.decode("utf-8-sig"))
     except JSONError:
         raise
     except RecursionError:
         raise JSONError(f"is nested more than {MAX_DEPTH} levels deep") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, an integer of thousands of digits
-        raise JSONError(f"is not valid JSON ({error})") from error
+        raise JSONError(f"is not valid JSON ({legible(error)})") from error
     if not isinstance(value, dict):
         raise JSONError(f"holds a JSON {type(value).__name__}, not an object")
     _check(value)
@@ -38,13 +44,34 @@ def parse_object(content: bytes) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise JSONError(f"has the key {next(name for name in names if names.count(name) > 1)!r} twice")
+        seen: set[str] = set()
+        name = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise JSONError(f"has the key {legible(repr(name))} twice")
     return found
 
 
 def _no_constant(name: str) -> None:
     raise JSONError(f"holds {name}, which is no JSON")
+
+
+def _int(text: str) -> int:
+    if text == "-0":  # to other readers, a float
+        raise JSONError("holds -0, which is no integer")
+    if len(text) > MAX_DIGITS:  # Python's own limit, which a program may have lifted
+        raise JSONError(f"holds an integer of {len(text):,d} digits, {MAX_DIGITS:,d} are allowed")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JSONError(f"holds {legible(text)}, which is too large for a float")
+    return value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_without_duplicates, parse_constant=_no_constant, parse_int=_int, parse_float=_float
+)
 
 
 def _check(value: Any) -> None:
@@ -64,5 +91,5 @@ def _check(value: Any) -> None:
                 try:
                     item.encode()
                 except UnicodeEncodeError:
-                    raise JSONError(f"holds the text {item!r}, which is not valid Unicode") from None
+                    raise JSONError(f"holds the text {legible(repr(item))}, which is not valid Unicode") from None
         level = inside

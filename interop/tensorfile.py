@@ -9,13 +9,16 @@ import json
 import math
 import os
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import ml_dtypes
 import numpy as np
 
+from interop.errors import legible
+from interop.regularfile import open_regular
 from interop.strictjson import MAX_BYTES, JSONError, parse_object
 
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"}
@@ -27,7 +30,10 @@ _MORE = {code: getattr(ml_dtypes, name, getattr(np, name, None)) for code, name 
 READABLE = DTYPES | {code: np.dtype(kind) for code, kind in _MORE.items() if kind}  # a base model may hold more
 _CODES = {dtype: code for code, dtype in READABLE.items()}
 MAX_AXES, MAX_SIZE = 16, 2**31 - 1  # of one tensor: axes, and the length of each
+MAX_COUNT = 2**56  # product of the sizes but those that are 0
+MAX_NAME, MAX_PARTS = 1024, 64  # of a tensor's name: characters, and parts between dots
 _CHUNK = 1 << 22  # bytes
+_seeking = threading.Lock()  # where a read cannot say from where, descriptors of one file share their position
 
 
 class TensorFileError(ValueError):
@@ -48,13 +54,13 @@ class TensorFile:
         path: The file.
 
     Raises:
-        FileNotFoundError: it does not exist.
+        FileNotFoundError: it does not exist, or is no regular file.
         TensorFileError: the header is malformed, or contradicts itself or the length of the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._file = open(self.path, "rb")
+        self._file = open_regular(self.path)
         try:
             self.metadata, self._entries = _read_header(self._file)
         except BaseException:
@@ -96,7 +102,7 @@ class TensorFile:
         entry = self._entries[key]
         array = np.empty(entry.shape, entry.dtype)
         if entry.nbytes:
-            self._read_into(memoryview(array.reshape(-1).view(np.uint8)), entry.start)
+            _read_into(memoryview(array.reshape(-1).view(np.uint8)), self._file, entry.start)
         return array
 
     def chunks(self, key: str) -> Iterator[memoryview]:
@@ -105,28 +111,19 @@ class TensorFile:
         buffer = memoryview(bytearray(min(_CHUNK, entry.nbytes)))
         for start in range(0, entry.nbytes, _CHUNK):
             piece = buffer[: min(_CHUNK, entry.nbytes - start)]
-            self._read_into(piece, entry.start + start)
+            _read_into(piece, self._file, entry.start + start)
             yield piece
 
     def again(self) -> "TensorFile":
         """The same open file with a life of its own, whatever has taken its place in the folder since."""
         other = object.__new__(TensorFile)
         other.path, other.metadata, other._entries = self.path, self.metadata, self._entries
-        other._file = open(os.dup(self._file.fileno()), "rb")
+        other._file = open(os.dup(self._file.fileno()), "rb", buffering=0)
         return other
 
     def fileno(self) -> int:
         """The descriptor of the open file."""
         return self._file.fileno()
-
-    def _read_into(self, buffer: memoryview, start: int) -> None:
-        self._file.seek(start)
-        done = 0
-        while done < len(buffer):
-            count = self._file.readinto(buffer[done:])
-            if not count:
-                raise TensorFileError("it became shorter while it was read")
-            done += count
 
 
 class LazyTensor:
@@ -148,7 +145,10 @@ class LazyTensor:
         return np.asarray(self)[index]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        array = self._file.tensor(self._key)
+        try:
+            array = self._file.tensor(self._key)
+        except TensorFileError as error:
+            raise TensorFileError(f"{self._file.path}, the adapter's file, cannot be read any more: {error}") from error
         return array if dtype is None else array.astype(dtype, copy=False)
 
     def astype(self, dtype: Any) -> np.ndarray:
@@ -187,18 +187,40 @@ def byte_chunks(tensor: Any) -> Iterator[memoryview]:
     yield from (flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK))
 
 
-def _read_header(file: Any) -> tuple[dict[str, str], dict[str, _Entry]]:
+def _read_into(buffer: memoryview, file: BinaryIO, start: int) -> None:
+    done = 0
+    while done < len(buffer):
+        count = _read_once(buffer[done:], file, start + done)
+        if not count:
+            raise TensorFileError("it became shorter while it was read")
+        done += count
+
+
+def _read_once(buffer: memoryview, file: BinaryIO, start: int) -> int:
+    if hasattr(os, "preadv"):  # other threads, and processes since a fork, may read from here at the same time
+        return os.preadv(file.fileno(), [buffer], start)
+    with _seeking:
+        file.seek(start)
+        return file.readinto(buffer) or 0
+
+
+def _read_header(file: BinaryIO) -> tuple[dict[str, str], dict[str, _Entry]]:
     size = os.fstat(file.fileno()).st_size
-    prefix = file.read(8)
-    if len(prefix) < 8:
+    if size < 8:
         raise TensorFileError(f"it has {size} bytes, too few for a header")
+    prefix = bytearray(8)
+    _read_into(memoryview(prefix), file, 0)
     length = struct.unpack("<Q", prefix)[0]
     if length > min(size - 8, MAX_BYTES):
         raise TensorFileError(
             f"it says that its header has {length:,d} bytes; the file has {size:,d}, and {MAX_BYTES:,d} are allowed"
         )
+    text = bytearray(length)
+    _read_into(memoryview(text), file, 8)
+    if text[:1] != b"{":  # JSON would allow white space, and `parse_object` a byte order mark
+        raise TensorFileError(f"its header begins with {bytes(text[:1])!r}, not with '{{'")
     try:
-        header = parse_object(file.read(length))
+        header = parse_object(bytes(text))
     except JSONError as error:
         raise TensorFileError(f"the header {error}") from error
     metadata = header.pop("__metadata__", {})
@@ -210,7 +232,7 @@ def _read_header(file: Any) -> tuple[dict[str, str], dict[str, _Entry]]:
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start != end:
             what = "overlaps another tensor" if entry.start < end else "leaves a gap before it"
-            raise TensorFileError(f"tensor {key!r} {what}")
+            raise TensorFileError(f"tensor {legible(repr(key))} {what}")
         end += entry.nbytes
     if end != size:
         raise TensorFileError(f"its tensors end after {end:,d} bytes, the file after {size:,d}")
@@ -218,28 +240,36 @@ def _read_header(file: Any) -> tuple[dict[str, str], dict[str, _Entry]]:
 
 
 def _entry(key: str, fields: Any, first: int, size: int) -> _Entry:
+    name = legible(repr(key))
+    if len(key) > MAX_NAME or key.count(".") >= MAX_PARTS:
+        raise TensorFileError(
+            f"the name {name} has {len(key):,d} characters in {key.count('.') + 1:,d} parts; {MAX_NAME:,d} in"
+            f" {MAX_PARTS} are allowed"
+        )
     if not isinstance(fields, dict) or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise TensorFileError(f"the header entry of {key!r} does not have dtype, shape and data_offsets")
+        raise TensorFileError(f"the header entry of {name} does not have dtype, shape and data_offsets")
     code, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(code, str) or code not in READABLE:
-        raise TensorFileError(f"tensor {key!r} has dtype {code!r}, which is not one of {sorted(READABLE)}")
-    if not _are_sizes(shape) or len(shape) > MAX_AXES or max(shape, default=0) > MAX_SIZE:
+        raise TensorFileError(f"tensor {name} has dtype {legible(repr(code))}, which is not one of {sorted(READABLE)}")
+    ok = _are_sizes(shape) and len(shape) <= MAX_AXES and max(shape, default=0) <= MAX_SIZE
+    if not ok or math.prod(filter(None, shape)) > MAX_COUNT:  # numpy multiplies without the zeros
         raise TensorFileError(
-            f"tensor {key!r} has the shape {str(shape)[:80]}: at most {MAX_AXES} sizes from 0 to {MAX_SIZE} are allowed"
+            f"tensor {name} has the shape {legible(shape)}: at most {MAX_AXES} sizes from 0 to {MAX_SIZE} are allowed,"
+            f" and {MAX_COUNT} numbers"
         )
     dtype = READABLE[code]
     nbytes = math.prod(shape) * dtype.itemsize
     if not _are_sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - first:
-        raise TensorFileError(f"tensor {key!r} has the data_offsets {str(offsets)[:80]}, which lie outside the file")
+        raise TensorFileError(f"tensor {name} has the data_offsets {legible(offsets)}, which lie outside the file")
     if offsets[1] - offsets[0] != nbytes:
         raise TensorFileError(
-            f"tensor {key!r} is given {offsets[1] - offsets[0]:,d} bytes, but {code} {shape} takes {nbytes:,d}"
+            f"tensor {name} is given {offsets[1] - offsets[0]:,d} bytes, but {code} {shape} takes {nbytes:,d}"
         )
     return _Entry(dtype, tuple(shape), first + offsets[0], nbytes)
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def safetensors_parts(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Iterator[Any]:

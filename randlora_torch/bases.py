@@ -22,9 +22,9 @@ class LayerBases(NamedTuple):
     B: Float[Tensor, "D n r"]
 
 
-def to_torch(array: np.ndarray) -> Tensor:
-    """A copy of a numpy array as a tensor of the same dtype; torch has no constructor for ml_dtypes' bfloat16."""
-    array = np.asarray(array)  # it may be left in its file yet
+def to_torch(array: Any) -> Tensor:
+    """A copy of a numpy array, or of what becomes one (`LazyTensor`), in its dtype; torch cannot read ml_dtypes'."""
+    array = np.asarray(array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(array.copy())

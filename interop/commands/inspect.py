@@ -11,6 +11,7 @@ from interop.bases import RECIPES, bases_digest, make_bases
 from interop.commands.shared import add_json, add_source, open_source, show
 from interop.config import RandLoraConfig
 from interop.contents import trained_tensors
+from interop.errors import legible
 from interop.files import adapter_names
 from interop.integrity import tensors_digest
 from interop.progress import progress
@@ -99,6 +100,7 @@ class Summary:
             lines.append("each recipe would give bases of this SHA-256")
             lines += [f"  {recipe:<19} {digest}" for recipe, digest in recipes.items()]
         lines.append(f"{'modules':<21} {len(modules)}")
+        modules = {legible(name): module for name, module in modules.items()}
         width = max(map(len, modules))
         return "\n".join([*lines, *(f"  {name:<{width}}  {_in_words(module)}" for name, module in modules.items())])
 

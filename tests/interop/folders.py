@@ -18,13 +18,15 @@ def weights(folder):
 def rewrite(folder, *, drop=(), add=None, notes=None, metadata=None):
     """Write the folder's tensors again with some changed; `notes` updates our metadata, `metadata` replaces all.
 
-    Changed tensors lose their SHA-256, so that what is wrong with them is found by other means.
+    Changed tensors lose their SHA-256, and notes get a new one, so that what is wrong is found by other means.
     """
     tensors, old = weights(folder)
     tensors = {key: value for key, value in tensors.items() if key not in drop} | (add or {})
     if metadata is None:
         changed = {"tensors_sha256": None} if drop or add else {}
         metadata = {"format": "pt", "randlora": json.dumps(json.loads(old["randlora"]) | changed | (notes or {}))}
+    if "randlora" in metadata:
+        metadata = {"randlora_sha256": hashlib.sha256(metadata["randlora"].encode()).hexdigest(), **metadata}
     save_file(tensors, folder / WEIGHTS_NAME, metadata)
 
 

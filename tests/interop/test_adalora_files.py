@@ -289,6 +289,9 @@ def test_inspect_prints_the_rank_and_count_of_every_module(folder, capsys):
     facts = {line.split()[0]: line.split()[1] for line in out.splitlines() if not line.startswith("  ")}
     assert facts == {
         "method": "AdaLoRA",
+        "base_model": "None",
+        "adapters": "['default']",
+        "tensors_sha256": digest_of(weights(folder)[0]),
         "init_r": "4",
         "target_r": "2",
         "lora_alpha": "8",
@@ -333,7 +336,7 @@ def test_the_command_convert_rewrites_a_folder_to_the_same_bytes(folder, tmp_pat
 
 
 def test_a_recipe_on_the_command_line_is_refused_in_one_line(folder, capsys):
-    assert main(["inspect", str(folder), "--recipe", RECIPES[0]]) == 1
+    assert main(["inspect", str(folder), "--recipe", RECIPES[0]]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.endswith("Drop the argument.\n")

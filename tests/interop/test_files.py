@@ -110,7 +110,8 @@ def test_the_file_holds_pefts_keys_one_copy_of_the_bases_and_pt_metadata(folder)
     layers = {f"base_model.model.{name}.randlora_{part}" for name in LAYERS for part in ("lambda", "gamma")}
     assert set(tensors) == layers | {"base_model.randlora_A", "base_model.randlora_B"}
     assert metadata["format"] == "pt"
-    assert set(metadata) == {"format", "randlora"}
+    assert set(metadata) == {"format", "randlora", "randlora_sha256"}
+    assert metadata["randlora_sha256"] == hashlib.sha256(metadata["randlora"].encode()).hexdigest()
     adapter = draw_adapter()
     assert json.loads(metadata["randlora"]) == {
         "format_version": 1,
