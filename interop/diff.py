@@ -5,8 +5,9 @@ from typing import Any
 
 from interop.adapter import Adapter
 from interop.compare import in_both, layer_differences, open_adapter, same_numbers, share_bases, unmatched
-from interop.errors import bulleted
+from interop.errors import bulleted, legible
 from interop.progress import Progress, no_progress
+from interop.table import size, table
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,12 @@ class LayerDiff:
     norm_b: float | None = None
     relative: float = 0.0
     cosine: float = 1.0
+
+    def in_words(self) -> list[str]:
+        """The numbers as the cells of a table."""
+        if self.norm_a is None:
+            return ["", "", "identical", ""]
+        return [f"{self.norm_a:.4g}", f"{self.norm_b:.4g}", f"{self.relative:.2e}", f"{self.cosine:.4f}"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +63,11 @@ class AdapterDiff:
 
     def __str__(self) -> str:
         """Fields, then a table with a line for each layer, then what is in one of them only."""
-        lines = [f"{name}: {a!r} in A, {b!r} in B" for name, (a, b) in self.fields.items()]
-        width = max((len(layer.module) for layer in self.layers), default=6)
-        columns = "".join(f"  {title:>9}" for title in ("norm A", "norm B", "relative", "cosine"))
-        lines.append(f"{'module':<{width}}  {'shape':>13}{columns}")
-        for layer in self.layers:
-            shape = "x".join(map(str, layer.shape or ("?",)))
-            if layer.norm_a is None:
-                lines.append(f"{layer.module:<{width}}  {shape:>13}  {'':>9}  {'':>9}  identical")
-            else:
-                numbers = f"{layer.norm_a:>9.4g}  {layer.norm_b:>9.4g}  {layer.relative:>9.2e}  {layer.cosine:>9.4f}"
-                lines.append(f"{layer.module:<{width}}  {shape:>13}  {numbers}")
+        lines = [legible(f"{name}: {a!r} in A, {b!r} in B") for name, (a, b) in self.fields.items()]
+        lines += table(
+            ["module", "shape", "norm A", "norm B", "relative", "cosine"],
+            [[layer.module, size(layer.shape), *layer.in_words()] for layer in self.layers],
+        )
         if self.unmatched:
             lines.append(bulleted("in one of them only, or different", self.unmatched))
         changed = sum(layer.relative != 0 for layer in self.layers)

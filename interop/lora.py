@@ -18,6 +18,7 @@ from interop.delta import product_blocks
 from interop.folder import CONFIG_NAME, replace_pair
 from interop.progress import Progress, no_progress
 from interop.strictjson import JSONError, parse_object
+from interop.table import table
 from interop.tensorfile import DTYPES, safetensors_parts
 
 FLOATS = {DTYPES[code].name: DTYPES[code] for code in ("F32", "BF16", "F16")}
@@ -43,11 +44,7 @@ class LoraExport:
 
     def __str__(self) -> str:
         """A line for each layer, and the range of errors."""
-        width = max(map(len, self.errors))
-        lines = [
-            f"{'module':<{width}}  relative error",
-            *(f"{name:<{width}}  {e:.3e}" for name, e in self.errors.items()),
-        ]
+        lines = table(["module", "relative error"], [[name, f"{error:.3e}"] for name, error in self.errors.items()])
         low, high = min(self.errors.values()), max(self.errors.values())
         return "\n".join([*lines, f"rank {self.rank}: relative errors from {low:.2e} to {high:.2e}"])
 

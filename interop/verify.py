@@ -12,6 +12,7 @@ from interop.compare import in_both, layer_differences, open_adapter, same_numbe
 from interop.convert import STACKS, convert, model_logits
 from interop.errors import bulleted
 from interop.progress import Progress, no_progress
+from interop.table import size, table
 
 TOLERANCE = 1e-5  # float32 products of a few thousand terms are off by 1e-7 to 1e-6
 
@@ -65,13 +66,18 @@ class Verification:
     def __str__(self) -> str:
         """A table with a line for each layer, then what else was found, then the verdict."""
         stacks = list(dict.fromkeys(stack for layer in self.layers for stack in layer.errors))
-        width = max((len(layer.module) for layer in self.layers), default=6)
-        lines = [f"{'module':<{width}}  {'shape':>13}  {'norm of dW':>10}" + "".join(f"  {s:>9}" for s in stacks)]
-        for layer in self.layers:
-            shape = "x".join(map(str, layer.shape or ("?",)))
-            norm = "-" if layer.norm is None else f"{layer.norm:.4g}"
-            errors = "".join(f"  {_error(layer.errors.get(stack)):>9}" for stack in stacks)
-            lines.append(f"{layer.module:<{width}}  {shape:>13}  {norm:>10}{errors}")
+        lines = table(
+            ["module", "shape", "norm of dW", *stacks],
+            [
+                [
+                    layer.module,
+                    size(layer.shape),
+                    "-" if layer.norm is None else f"{layer.norm:.4g}",
+                    *(_error(layer.errors.get(stack)) for stack in stacks),
+                ]
+                for layer in self.layers
+            ],
+        )
         if self.logits_error is not None:
             lines.append(f"logits: relative error {self.logits_error:.1e}")
         if self.problems:
