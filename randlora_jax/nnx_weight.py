@@ -14,7 +14,6 @@ from interop.config import RandLoraConfig
 from interop.shapes import factor_shapes
 from randlora_jax.bases import Captured
 from randlora_jax.kernels import Kernel, align_factors, combine_kernel, unalign_factors
-from randlora_jax.layouts import Layout
 from randlora_jax.quantized import dequantize
 
 
@@ -75,8 +74,7 @@ class LayerAdapter(nnx.Module):
                 f"lambda of shape {lam} is stacked on another axis than the first, where {expected} are its own:"
                 " make the layers with nnx.vmap(..., out_axes=0)."
             )
-        moved = [tuple(axis + len(stacked) for axis in axes) for axes in (layout.in_axes, layout.out_axes)]
-        return Kernel(Layout(*moved, stack_axes=tuple(range(len(stacked)))), (*stacked, *shape))
+        return Kernel(layout.within(len(stacked)), (*stacked, *shape))
 
     def factors(self) -> Factors:
         """The factors of the whole kernel, stacked as in `RandLoraAdapter.factors`."""
