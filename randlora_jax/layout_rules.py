@@ -64,7 +64,7 @@ class LayoutRule:
     out_axes: Sequence[int] | int | None = None
     stack_axes: Sequence[int] | int | None = None
     fused_axis: int | None = None
-    scale: float | str = 1.0
+    scale: float | int | str = 1.0
     interleaved: bool = False
     optional: bool = False
 

@@ -43,7 +43,7 @@ class Layout:
     out_axes: tuple[int, ...]
     stack_axes: tuple[int, ...] = ()
     modules: tuple[str | None, ...] | None = None
-    scale: float = 1.0
+    scale: float | int = 1.0
     interleaved: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +63,7 @@ class Layout:
             names = [name for name in self.modules if name is not None]
             if not names or len(set(names)) != len(names):
                 raise ValueError(f"modules={self.modules}: give at least one name, and none of them twice.")
+        object.__setattr__(self, "scale", float(self.scale))
         if not math.isfinite(self.scale) or self.scale == 0:
             raise ValueError(f"scale={self.scale}: give a finite number other than 0; 1.0 is torch's own weight.")
 

@@ -74,7 +74,7 @@ def apply_rules(
     if table is None and unused:
         raise ValueError(_both_sides("these layout rules are for no kernel", unused, parameters, known))
     if table is not None and not named:
-        what = f"the layouts {table!r} are for none of the kernels, which they expect to be called"
+        what = f"none of the kernels is called as in the layouts {table!r}, which are for"
         raise ValueError(_both_sides(what, rules, parameters, known))
     _refuse_equal_names(named)
     return named
