@@ -91,7 +91,7 @@ def name_layouts(params: Any, rules: Rules, *, layouts: Mapping[str, Layout] | N
     """`layouts` with what rules say of the kernels of `params`: print it, or pass it on as `layouts`.
 
     Args:
-        params: See `init`; `nnx.state(model)` of an NNX model.
+        params: See `init`; an NNX model is such a pytree, too.
         rules: One of `LAYOUTS`, a YAML file, or `LayoutRule`s.
         layouts: Those of `infer_layouts`, or of single kernels; rules without axes go by them.
 
