@@ -120,7 +120,7 @@ def test_an_adapter_by_peft_gives_the_same_logits_in_keras_hub_and_comes_back(
     adapter = randlora_jax.load_adapter(tmp_path / "in", params, layouts=FAMILIES[name].layouts)
 
     expected = torch_logits(by_peft)
-    assert np.abs(expected - torch_logits(folder.model)).max() > 0.3
+    assert np.abs(expected - torch_logits(folder.model)).max() > 0.25
     adapted = jax.jit(lambda params, adapter: logits(randlora_jax.effective_params(params, adapter), tokens()))
     np.testing.assert_allclose(adapted(params, adapter), expected, **LOGITS)
 

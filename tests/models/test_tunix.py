@@ -193,7 +193,7 @@ def test_an_adapter_by_peft_gives_the_same_logits_in_tunix(name, target_modules,
     attach(model, tmp_path, layouts=FAMILIES[name].layouts)
 
     expected = torch_logits(by_peft)
-    assert np.abs(expected - torch_logits(folder.model)).max() > 0.3
+    assert np.abs(expected - torch_logits(folder.model)).max() > 0.25
     np.testing.assert_allclose(jax_logits(model), expected, **LOGITS)
 
 
@@ -216,7 +216,7 @@ def test_an_adapter_of_adalora_gives_the_same_logits_in_tunix_and_comes_back(tar
     adapter = randlora_jax.load_adapter(tmp_path / "in", state, layouts="tunix-gemma3")
 
     expected = torch_logits(by_peft)
-    assert np.abs(expected - torch_logits(folder.model)).max() > 0.3
+    assert np.abs(expected - torch_logits(folder.model)).max() > 0.25
     model = nnx.merge(graph, randlora_jax.effective_params(state, adapter))
     np.testing.assert_allclose(jax_logits(model), expected, **LOGITS)
     adapter.save_pretrained(tmp_path / "out")
