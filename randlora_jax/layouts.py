@@ -92,6 +92,11 @@ class Layout:
         return tuple(kernel_shape[axis] for axis in self.stack_axes)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether kernel and torch weight hold the same numbers, in whatever order of axes."""
+        return self.scale == 1 and not self.interleaved
+
+    @property
     def in_first(self) -> bool:
         """Whether the kernel's inputs come before its outputs, as in flax, and not after them, as in torch."""
         return self.in_axes[0] < self.out_axes[0]

@@ -259,6 +259,8 @@ class _Parts:
         for name, path in found.items():
             stacked = factors[name].lam.ndim - 2
             layout = layouts.get(name) or Layout((stacked,), (stacked + 1,), stack_axes=tuple(range(stacked)))
+            if not layout.is_plain:
+                raise ValueError(f"{name} is a RandLoraLinear layer, which takes no {layout}: leave out its scale.")
             kernels[name] = Kernel(layout, params[*path, "kernel"].shape)
             kernels[name].modules(name)  # refuses a wrong number of axes or names
         places = sorted({".".join(path[:-1]) for path in frozen})

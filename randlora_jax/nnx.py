@@ -172,6 +172,9 @@ def _put(adapter: RandLoraAdapter, adapter_name: str, places: list[Place], found
     """Replace the adapted kernels, and the quantized ones, by weights that hold the adapter's parts."""
     basis_A, basis_B = map(RandLoraBasis, adapter.bases)
     layouts = dict(adapter.layouts)
+    for name in _with_dropout(places) & layouts.keys():
+        if not layouts[name].is_plain:
+            raise ValueError(f"{name} is a RandLoraLinear layer, which takes no {layouts[name]}: leave out its scale.")
     for place in places:
         name = module_name(place.parts)
         if name in layouts and name in found.kernels:

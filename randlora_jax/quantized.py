@@ -154,7 +154,7 @@ def from_bnb(
     Raises:
         ValueError: the weight or the layout is of several weights, or the kernel's shape does not fit.
     """
-    if len(weight.shape) != 2 or layout.stack_axes or layout.scale != 1 or layout.interleaved:
+    if len(weight.shape) != 2 or layout.stack_axes or not layout.is_plain:
         raise ValueError(
             f"a weight of shape {weight.shape} cannot be a kernel of {layout}: pass a weight (out, in) and the layout"
             " of a single kernel, neither scaled nor interleaved. `stack` puts several of them together, and"
