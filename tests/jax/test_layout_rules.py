@@ -370,6 +370,19 @@ def test_a_rule_that_contradicts_the_trace_is_refused(axes):
 
 
 @pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"in_axes": 1, "out_axes": [0, 2, 3]}, r"makes layers\.kv .* a kernel with .* but the layout found for it is"),
+        ({}, r"for no kernel:\n  - layers/kv, which layers\.kv \(3, 4, 2, 5\) fits by its name, but not by its axes\n"),
+    ],
+)
+def test_a_rule_must_count_the_axes_that_the_trace_found_to_be_stacked(rule, message):
+    traced = infer_layouts(apply, scanned(), jnp.ones((2, 4)))
+    with pytest.raises(ValueError, match=message):
+        traced.named([{"kernel": "layers/kv", "modules": "kv", **rule}])
+
+
+@pytest.mark.parametrize(
     ("rules", "message"),
     [
         (
