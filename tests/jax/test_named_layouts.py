@@ -178,7 +178,10 @@ MODELS = {
     "huggingface, nnx": ("huggingface", nnx_names, "lm_head/kernel"),
     "huggingface, scan": ("huggingface", scanned_names, None),
 }
-every_model = pytest.mark.parametrize("model", MODELS)
+LIKE_ANOTHER = ("tunix-qwen2", "tunix-qwen3", "maxtext-qwen, no scan")
+every_model = pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=[pytest.mark.slow] * (model in LIKE_ANOTHER)) for model in MODELS]
+)
 
 
 def weights_like(shapes, seed=0):
