@@ -9,8 +9,10 @@ from randlora_jax.adalora import AdaLoraAdapter
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import layer_bases, make_bases
 from randlora_jax.gradients import apply_delta, delta_weight
+from randlora_jax.layout_rules import LayoutRule
 from randlora_jax.layouts import Layout
 from randlora_jax.linen import lazy_params
+from randlora_jax.named_layouts import LAYOUTS
 from randlora_jax.nnx import attach, detach, extract, model_layouts
 from randlora_jax.nnx_linear import RandLoraBases, RandLoraLinear
 from randlora_jax.nnx_places import active_adapter, adapter_names
@@ -23,6 +25,7 @@ from randlora_jax.params import (
     init,
     load_adapter,
     merge,
+    name_layouts,
     print_trainable_parameters,
     unmerge,
 )
@@ -30,10 +33,12 @@ from randlora_jax.tracing import InferredLayouts, infer_layouts
 from randlora_jax.training import accumulate_gradients
 
 __all__ = [
+    "LAYOUTS",
     "AdaLoraAdapter",
     "AdaLoraConfig",
     "InferredLayouts",
     "Layout",
+    "LayoutRule",
     "RandLoraAdapter",
     "RandLoraBases",
     "RandLoraBasis",
@@ -63,6 +68,7 @@ __all__ = [
     "make_bases",
     "merge",
     "model_layouts",
+    "name_layouts",
     "print_trainable_parameters",
     "set_adapter",
     "unmerge",

@@ -13,7 +13,7 @@ On an NNX model, `on_model` makes an optimizer for `nnx.Optimizer` of the alloca
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from interop.fields import AdapterConfig
 from randlora_jax.adalora_adapter import AdaLoraAdapter, stack_triplets
 from randlora_jax.adapter import to_host, weights_of
 from randlora_jax.kernels import find_kernels, is_stacked, named_leaves
-from randlora_jax.layouts import Layout
+from randlora_jax.naming import Layouts
 from randlora_jax.nnx_optimizer import on_model
 from randlora_jax.rank_allocator import RankAllocatorState, find_state, rank_allocator
 from randlora_jax.selection import new_adapter
@@ -51,7 +51,7 @@ def init(
     config: AdapterConfig,
     params: Any,
     *,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Layouts | None = None,
     key: jax.Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> AdaLoraAdapter:
@@ -62,8 +62,8 @@ def init(
     Args:
         config: What to adapt, and the schedule.
         params: See `randlora_jax.init`.
-        layouts: Those of `infer_layouts`; or of single kernels. One of a convolution that flax keeps as
-            (height, width, in, out) is `Layout((2, 0, 1), (3,))`, torch's (out, in * height * width).
+        layouts: See `randlora_jax.init`. That of a convolution that flax keeps as (height, width, in, out) is
+            `Layout((2, 0, 1), (3,))`, torch's (out, in * height * width).
         key: A `jax.random.key`; A and B are drawn from it.
         dtype: What the operands of the large products are rounded to, see `randlora_jax.init`.
 
@@ -75,7 +75,7 @@ def init(
     if not isinstance(config, AdaLoraConfig):
         raise TypeError(f"config is a {type(config).__name__}: pass an AdaLoraConfig, or use randlora_jax.init.")
     leaves = named_leaves(params)
-    adapter = new_adapter(config, find_kernels(leaves, layouts or {}), key=key, dtype=dtype)
+    adapter = new_adapter(config, find_kernels(leaves, layouts), key=key, dtype=dtype)
     return like_kernels(adapter, leaves)
 
 

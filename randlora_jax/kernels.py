@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from interop.errors import bulleted
 from randlora_jax.bases import layer_bases
 from randlora_jax.gradients import delta_weight
 from randlora_jax.layouts import OUT_IN, Layout, default_layout, module_name, path_parts
+from randlora_jax.naming import Layouts, resolve_layouts
 from randlora_jax.quantized import is_quantized
 from randlora_jax.svd import delta_of_triplets
 
@@ -70,18 +71,20 @@ def named_leaves(params: Any) -> list[tuple[tuple[str, ...], Any]]:
     return [(path_parts(path), leaf) for path, leaf in leaves if hasattr(leaf, "shape")]
 
 
-def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Mapping[str, Layout]) -> Kernels:
+def find_kernels(leaves: Iterable[tuple[tuple[str, ...], Any]], layouts: Layouts | None) -> Kernels:
     """Kernels that can be adapted, by dotted name, and why the other parameters cannot be.
 
     Args:
         leaves: Path and leaf of each parameter.
-        layouts: Layouts that do not follow from name and number of axes, by dotted name. Layouts by `infer_layouts`
-            are all there are: nothing is concluded from names then.
+        layouts: Layouts that do not follow from name and number of axes, by dotted name, or rules for them. Layouts by
+            `infer_layouts` are all there are: nothing is concluded from names then.
 
     Raises:
-        ValueError: `layouts` names a parameter that does not exist, or does not fit its shape; or two parameters have
-            one name.
+        ValueError: `layouts` names a parameter that does not exist, or does not fit its shape; rules do not fit the
+            parameters; or two parameters have one name.
     """
+    leaves = list(leaves)
+    layouts = resolve_layouts(layouts, leaves)
     reasons = getattr(layouts, "refused", None)
     found, used = Kernels({}, {}, []), set()
     for parts, leaf in leaves:

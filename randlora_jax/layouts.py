@@ -30,15 +30,21 @@ class Layout:
         modules: Names that the weights have in adapter files, one for each in row-major order of stack_axes. None in
             place of a name leaves that weight unadapted. By default the kernel's own name, with the index appended
             for stacked weights: "layers.q_proj.0", "layers.q_proj.1", and so on.
+        scale: What the kernel is torch's weight times, where a model has folded a constant into it.
+        interleaved: Whether the last of out_axes holds the pairs that a rotary embedding turns next to each other,
+            where torch has the first members of all pairs, then the second ones.
 
     Raises:
-        ValueError: the groups are not a permutation of all axes of a kernel.
+        ValueError: the groups are not a permutation of all axes of a kernel, `modules` are no distinct names, or the
+            scale is 0 or not finite.
     """
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
     stack_axes: tuple[int, ...] = ()
     modules: tuple[str | None, ...] | None = None
+    scale: float | int = 1.0
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         """Check that every axis stands in exactly one group."""
@@ -57,6 +63,9 @@ class Layout:
             names = [name for name in self.modules if name is not None]
             if not names or len(set(names)) != len(names):
                 raise ValueError(f"modules={self.modules}: give at least one name, and none of them twice.")
+        object.__setattr__(self, "scale", float(self.scale))
+        if not math.isfinite(self.scale) or self.scale == 0:
+            raise ValueError(f"scale={self.scale}: give a finite number other than 0; 1.0 is torch's own weight.")
 
     @property
     def ndim(self) -> int:
@@ -83,6 +92,11 @@ class Layout:
         return tuple(kernel_shape[axis] for axis in self.stack_axes)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether kernel and torch weight hold the same numbers, in whatever order of axes."""
+        return self.scale == 1 and not self.interleaved
+
+    @property
     def in_first(self) -> bool:
         """Whether the kernel's inputs come before its outputs, as in flax, and not after them, as in torch."""
         return self.in_axes[0] < self.out_axes[0]
@@ -94,7 +108,10 @@ class Layout:
         groups = (self.in_axes, self.out_axes) if in_first else (self.out_axes, self.in_axes)
         order = (*self.stack_axes, *groups[0], *groups[1])
         split = weight.reshape([kernel_shape[axis] for axis in order])
-        return split.transpose([order.index(axis) for axis in range(len(order))])
+        if self.interleaved:  # (..., 2 halves, pairs, ...) -> (..., pairs, 2 members, ...)
+            split = _swap_factors(split, order.index(self.out_axes[-1]), 2)
+        kernel = split.transpose([order.index(axis) for axis in range(len(order))])
+        return kernel if self.scale == 1 else kernel * self.scale
 
     def to_torch(self, kernel: Float[Array, "..."]) -> Float[Array, "*stack outputs inputs"]:
         """The inverse of `to_kernel`: torch weights (*stack_shape, out, in) of a kernel.
@@ -103,6 +120,9 @@ class Layout:
             ValueError: the kernel has another number of axes.
         """
         shape = (*self.stack_shape(kernel.shape), *self.torch_shape(kernel.shape))
+        kernel = kernel if self.scale == 1 else kernel / self.scale
+        if self.interleaved:
+            kernel = _swap_factors(kernel, self.out_axes[-1], kernel.shape[self.out_axes[-1]] // 2)
         return kernel.transpose((*self.stack_axes, *self.out_axes, *self.in_axes)).reshape(shape)
 
     def module_names(self, name: str, kernel_shape: tuple[int, ...]) -> tuple[str | None, ...]:
@@ -129,7 +149,13 @@ class Layout:
         kept = tuple(axis for axis in self.stack_axes if axis not in gone)
         shift = {axis: axis - sum(other < axis for other in gone) for axis in range(self.ndim)}
         renumbered = [tuple(shift[axis] for axis in axes) for axes in (self.in_axes, self.out_axes, kept)]
-        return Layout(*renumbered)
+        return Layout(*renumbered, scale=self.scale, interleaved=self.interleaved)
+
+    def within(self, stacked: int) -> "Layout":
+        """The layout with so many stack_axes more, in front of all axes, and default names for the weights."""
+        moved = [tuple(axis + stacked for axis in axes) for axes in (self.in_axes, self.out_axes, self.stack_axes)]
+        stack_axes = (*range(stacked), *moved[2])
+        return Layout(*moved[:2], stack_axes, scale=self.scale, interleaved=self.interleaved)
 
     def align(self, array: Float[Array, "*weights rows columns"], kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Put stacked factors on the kernel's own stack_axes, so that a scan or vmap slices both alike.
@@ -153,11 +179,24 @@ class Layout:
     def _check(self, kernel_shape: tuple[int, ...]) -> None:
         if len(kernel_shape) != self.ndim:
             raise ValueError(f"a kernel of shape {kernel_shape} does not have the axes of {self}.")
+        if self.interleaved and kernel_shape[self.out_axes[-1]] % 2:
+            raise ValueError(
+                f"a kernel of shape {kernel_shape} cannot be interleaved: its axis {self.out_axes[-1]}, the last of"
+                " out_axes, has no pairs. Correct the order of out_axes."
+            )
+
+
+def _swap_factors(array: Array, axis: int, first: int) -> Array:
+    """The array with one axis read as (first, rest) and written as (rest, first)."""
+    shape = array.shape
+    split = array.reshape(*shape[:axis], first, shape[axis] // first, *shape[axis + 1 :])
+    return split.swapaxes(axis, axis + 1).reshape(shape)
 
 
 IN_OUT = Layout(in_axes=(0,), out_axes=(1,))  # linen, NNX, haiku
 OUT_IN = Layout(in_axes=(1,), out_axes=(0,))  # equinox, torch
 _DEFAULTS = {"kernel": IN_OUT, "w": IN_OUT, "weight": OUT_IN}
+LEAVES = tuple(_DEFAULTS)  # what kernels are called, which is no part of their names
 
 
 def path_parts(path: tuple[Any, ...]) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from randlora_jax.explicit import (
 )
 from randlora_jax.kernels import Kernel, Kernels, combine_kernel
 from randlora_jax.layouts import IN_OUT, Layout, module_name
+from randlora_jax.naming import Layouts, resolve_layouts
 from randlora_jax.selection import Source, as_interop, on_kernels, require_randlora
 
 TRAINABLE, FROZEN = "randlora", "randlora_bases"  # names of the collections
@@ -151,7 +152,7 @@ def extract_adapter(
     variables: Mapping[str, Any],
     config: RandLoraConfig,
     *,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Layouts | None = None,
     recipe: str | None = DEFAULT_RECIPE,
 ) -> RandLoraAdapter:
     """The adapter in the variables of a model of `RandLoraLinear` layers: to save, to convert, to merge.
@@ -160,13 +161,14 @@ def extract_adapter(
         variables: With the collections "params", "randlora" and "randlora_bases".
         config: The one that the model was built with.
         layouts: Of scanned or vmapped kernels that are stacked on another axis than the first, or whose weights have
-            other names in files (`Layout.modules`). lambda and gamma must be stacked on the first.
+            other names in files (`Layout.modules`), or rules for them, see `init`. lambda and gamma must be stacked
+            on the first.
         recipe: The one that the model was built with.
 
     Raises:
         ValueError: a collection is missing, the model has several RandLoraBases, or `layouts` does not fit.
     """
-    parts = _Parts.of(variables, layouts or {})
+    parts = _Parts.of(variables, layouts)
     factors = {
         name: Factors(*(part.reshape(-1, *part.shape[-2:]) if part.ndim > 2 else part for part in pair))
         for name, pair in parts.factors.items()
@@ -186,7 +188,7 @@ def insert_adapter(
     source: Source,
     config: RandLoraConfig,
     *,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Layouts | None = None,
 ) -> dict[str, Any]:
     """The variables with the factors and bases of an adapter, of any stack or from a folder, in place of their own.
 
@@ -203,7 +205,7 @@ def insert_adapter(
     """
     adapter = as_interop(source)
     require_randlora(adapter.config, "lazy_params(params, adapter) adapts linen layers as they are.")
-    parts = _Parts.of(variables, layouts or {})
+    parts = _Parts.of(variables, layouts)
     if (adapter.config.r, adapter.config.scaling) != (config.r, config.scaling):
         raise ValueError(
             f"the adapter has r={adapter.config.r} and randlora_alpha={adapter.config.randlora_alpha}, the model was"
@@ -236,7 +238,7 @@ class _Parts:
     bases: Bases
 
     @classmethod
-    def of(cls, variables: Mapping[str, Any], layouts: Mapping[str, Layout]) -> "_Parts":
+    def of(cls, variables: Mapping[str, Any], layouts: Layouts | None) -> "_Parts":
         missing = [name for name in ("params", TRAINABLE, FROZEN) if name not in variables]
         if missing:
             raise ValueError(
@@ -247,6 +249,8 @@ class _Parts:
             traverse_util.flatten_dict(nn.meta.unbox(variables[name])) for name in ("params", TRAINABLE, FROZEN)
         )
         found = {module_name((*path[:-1], "kernel")): path[:-1] for path in trainable if path[-1] == _FACTORS.lam}
+        leaves = [((*path, "kernel"), params[*path, "kernel"]) for path in found.values()]
+        layouts = resolve_layouts(layouts, leaves)
         unknown = sorted(set(layouts) - set(found))
         if unknown:
             raise ValueError(f"layouts are given for {unknown}, which are no RandLoraLinear layers: {list(found)} are.")
@@ -255,6 +259,8 @@ class _Parts:
         for name, path in found.items():
             stacked = factors[name].lam.ndim - 2
             layout = layouts.get(name) or Layout((stacked,), (stacked + 1,), stack_axes=tuple(range(stacked)))
+            if not layout.is_plain:
+                raise ValueError(f"{name} is a RandLoraLinear layer, which takes no {layout}: leave out its scale.")
             kernels[name] = Kernel(layout, params[*path, "kernel"].shape)
             kernels[name].modules(name)  # refuses a wrong number of axes or names
         places = sorted({".".join(path[:-1]) for path in frozen})

@@ -4,7 +4,6 @@ The replacement answers as the `nnx.Param` it stands for, with W + dW, so that e
 as it is, and each access computes the update inside whatever transformation it happens in.
 """
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -17,7 +16,8 @@ from interop.fields import AdapterConfig
 from randlora_jax.adalora_adapter import AdaLoraAdapter
 from randlora_jax.adapter import KernelAdapter, RandLoraAdapter
 from randlora_jax.kernels import Kernel, Kernels, find_kernels
-from randlora_jax.layouts import Layout, module_name
+from randlora_jax.layouts import module_name
+from randlora_jax.naming import Layouts, resolve_layouts
 from randlora_jax.nnx_linear import RandLoraLinear
 from randlora_jax.nnx_places import Place, active_adapter, adapted_weights, adapter_names, existing_adapter, places_of
 from randlora_jax.nnx_switching import set_adapter
@@ -35,7 +35,7 @@ def attach(
     config_or_adapter: AdapterConfig | Source,
     *,
     adapter_name: str = "default",
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Layouts | None = None,
     recipe: str = DEFAULT_RECIPE,
     rngs: nnx.Rngs | None = None,
     dtype: DTypeLike | None = None,
@@ -54,7 +54,8 @@ def attach(
             on with.
         adapter_name: What `set_adapter`, `extract` and `delete_adapter` call it, an identifier.
         layouts: Those of `model_layouts(model, *inputs)`; or of single kernels by dotted name, e.g.
-            `{"attn.query": Layout((0,), (1, 2))}`.
+            `{"attn.query": Layout((0,), (1, 2))}`; or what gives the names that kernels have
+            in adapter files: one of `LAYOUTS`, such as "tunix-gemma3", a YAML file, or `LayoutRule`s, see `init`.
         recipe: How the bases of a new adapter are drawn, see `interop.RECIPES`.
         rngs: Needed for a new adapter of AdaLoRA, or one with `init_weights=False`, only.
         dtype: What the operands of the large products are rounded to, e.g. bfloat16; see `init`.
@@ -69,12 +70,13 @@ def attach(
         raise TypeError(f"model is a {type(model).__name__}, not an nnx.Module: randlora_jax.init adapts pytrees.")
     _check_new_name(model, adapter_name)
     places = places_of(model)
+    leaves = [(place.parts, place.base) for place in places]
+    layouts = resolve_layouts(layouts, leaves)
     if isinstance(config_or_adapter, KernelAdapter):  # it was made for a model like this one, or is refused below
         axes = {module_name(place.parts): place.base.ndim for place in places}
         recorded = {name: layout for name, layout in config_or_adapter.layouts if axes.get(name) == layout.ndim}
-        layouts = {**recorded, **(layouts or {})}
-    leaves = [(place.parts, place.base) for place in places]
-    found = find_kernels(leaves, layouts or {})
+        layouts = {**recorded, **layouts}
+    found = find_kernels(leaves, layouts)
     adapter = _resolve(config_or_adapter, found, recipe, rngs, dtype, _with_dropout(places))
     adapter = like_kernels(adapter, [(parts, base.get_value()) for parts, base in leaves])
     _put(adapter, adapter_name, places, found)
@@ -103,7 +105,8 @@ def model_layouts(model: nnx.Module, *inputs: Any) -> InferredLayouts:
     layouts = {other: layout for name, layout in found.items() for other in tied.get(name, ())}
     refused = {other: reason for name, reason in found.refused.items() for other in tied.get(name, [name])}
     held = "a parameter in a container that is no nnx.Module, nnx.List or nnx.Dict, where attach cannot replace it"
-    return InferredLayouts(layouts, refused | {name: held for name in found if name not in tied})
+    shapes = {module_name(place.parts): tuple(place.base.shape) for place in places}
+    return InferredLayouts(layouts, refused | {name: held for name in found if name not in tied}, shapes)
 
 
 def extract(model: nnx.Module, adapter_name: str | None = None) -> AnyAdapter:
@@ -178,6 +181,9 @@ def _put(adapter: AnyAdapter, adapter_name: str, places: list[Place], found: Ker
     """Replace the adapted kernels, and the quantized ones, by weights that hold the adapter's parts."""
     shared = None if adapter.bases is None else Bases(*map(RandLoraBasis, adapter.bases))
     layouts = dict(adapter.layouts)
+    for name in _with_dropout(places) & layouts.keys():
+        if not layouts[name].is_plain:
+            raise ValueError(f"{name} is a RandLoraLinear layer, which takes no {layouts[name]}: leave out its scale.")
     for place in places:
         name = module_name(place.parts)
         if name in layouts and name in found.kernels:

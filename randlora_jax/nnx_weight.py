@@ -16,7 +16,6 @@ from interop.fields import AdapterConfig
 from interop.shapes import factor_shapes
 from randlora_jax.bases import Captured
 from randlora_jax.kernels import AnyFactors, Kernel, align_factors, combine_kernel, fits_weight, unalign_factors
-from randlora_jax.layouts import Layout
 from randlora_jax.quantized import dequantize
 
 
@@ -90,8 +89,7 @@ class LayerAdapter(nnx.Module):
                 f"{names} are stacked on another axis than the first, for a kernel that stands for a weight of shape"
                 f" {self.static.kernel.shape}: make the layers with nnx.vmap(..., out_axes=0)."
             )
-        moved = [tuple(axis + len(stacked) for axis in axes) for axes in (layout.in_axes, layout.out_axes)]
-        return Kernel(Layout(*moved, stack_axes=tuple(range(len(stacked)))), (*stacked, *shape))
+        return Kernel(layout.within(len(stacked)), (*stacked, *shape))
 
     def _stacked_first(self, factors: AnyFactors) -> bool:
         shape, config = self.static.kernel.shape, self.static.config

@@ -23,6 +23,7 @@ from randlora_jax.kernels import (
     refuse_missing,
 )
 from randlora_jax.layouts import Layout, default_layout, module_name, path_parts
+from randlora_jax.naming import Layouts, Rules, resolve_layouts
 from randlora_jax.quantized import dequantize, is_quantized
 from randlora_jax.selection import (
     AnyAdapter,
@@ -34,6 +35,7 @@ from randlora_jax.selection import (
     select_weights,
 )
 from randlora_jax.sharding import like_kernels
+from randlora_jax.tracing import InferredLayouts
 
 Params = TypeVar("Params")
 
@@ -42,7 +44,7 @@ def init(
     config: RandLoraConfig,
     params: Any,
     *,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Layouts | None = None,
     recipe: str = DEFAULT_RECIPE,
     key: jax.Array | None = None,
     dtype: DTypeLike | None = None,
@@ -58,7 +60,9 @@ def init(
         params: A pytree of arrays, ShapeDtypeStructs or quantized kernels. Names are dotted paths without the leaf's
             own "kernel", "w" or "weight". Without `layouts`, 2-D leaves named `kernel` or `w` are (in, out), those
             named `weight` (out, in), and nothing else is adapted.
-        layouts: Those of `infer_layouts`; or of single kernels, e.g. `{"attn.query": Layout((0,), (1, 2))}`.
+        layouts: Those of `infer_layouts`; or of single kernels, e.g. `{"attn.query": Layout((0,), (1, 2))}`; or what
+            gives the names that kernels have in adapter files: one of `LAYOUTS`, e.g. "tunix-gemma3", a YAML file, or
+            a list of `LayoutRule`s. `infer_layouts(...).named(rules)` is both.
         recipe: How the bases are drawn, see `interop.RECIPES`.
         key: A `jax.random.key`, needed for `init_weights=False` only.
         dtype: What the operands of the large products are rounded to, e.g. bfloat16. lambda and gamma stay float32.
@@ -72,23 +76,38 @@ def init(
     """
     require_randlora(config, "randlora_jax.adalora.init(config, params, key=key) makes such an adapter.")
     leaves = named_leaves(params)
-    adapter = new_adapter(config, find_kernels(leaves, layouts or {}), recipe=recipe, key=key, dtype=dtype)
+    adapter = new_adapter(config, find_kernels(leaves, layouts), recipe=recipe, key=key, dtype=dtype)
     return like_kernels(adapter, leaves)
 
 
-def find_targets(
-    config: AdapterConfig, params: Any, *, layouts: Mapping[str, Layout] | None = None
-) -> dict[str, tuple[int, int]]:
+def find_targets(config: AdapterConfig, params: Any, *, layouts: Layouts | None = None) -> dict[str, tuple[int, int]]:
     """(out, in) of the weights that `init` would adapt, by name: print it before training.
 
     Raises:
         ValueError: a target matches nothing or no adaptable kernel.
     """
-    return select_weights(config, find_kernels(named_leaves(params), layouts or {}))
+    return select_weights(config, find_kernels(named_leaves(params), layouts))
+
+
+def name_layouts(params: Any, rules: Rules, *, layouts: Mapping[str, Layout] | None = None) -> Mapping[str, Layout]:
+    """`layouts` with what rules say of the kernels of `params`: print it, or pass it on as `layouts`.
+
+    Args:
+        params: See `init`; an NNX model is such a pytree, too.
+        rules: One of `LAYOUTS`, a YAML file, or `LayoutRule`s.
+        layouts: Those of `infer_layouts`, or of single kernels; rules without axes go by them.
+
+    Raises:
+        ValueError: there is no such table or file, a rule is malformed or is for no kernel, two are for one, or two
+            weights get one name.
+    """
+    if isinstance(layouts, InferredLayouts):
+        return layouts.named(rules)
+    return {**(layouts or {}), **resolve_layouts(rules, named_leaves(params), layouts)}
 
 
 def load_adapter(
-    source: Source, params: Any, *, layouts: Mapping[str, Layout] | None = None, dtype: DTypeLike | None = None
+    source: Source, params: Any, *, layouts: Layouts | None = None, dtype: DTypeLike | None = None
 ) -> AnyAdapter:
     """An adapter of any stack, or a folder in PEFT's format, on the kernels of `params`; see `init` for the arguments.
 
@@ -97,7 +116,7 @@ def load_adapter(
         TypeError: `source` is none of these.
     """
     leaves = named_leaves(params)
-    return like_kernels(on_kernels(as_interop(source), find_kernels(leaves, layouts or {}), dtype=dtype), leaves)
+    return like_kernels(on_kernels(as_interop(source), find_kernels(leaves, layouts), dtype=dtype), leaves)
 
 
 def effective_params(params: Params, adapter: AnyAdapter) -> Params:

@@ -145,11 +145,13 @@ def _scramble(word: jax.Array) -> jax.Array:
 
 
 def _describe_layout(layout: Layout) -> dict[str, Any]:
-    """The axes, and which of the stacked weights are adapted; not what files call them."""
+    """The axes and what else becomes of dW, and which of the stacked weights are adapted; not what files call them."""
     adapted = layout.modules and [index for index, name in enumerate(layout.modules) if name is not None]
     partly = adapted is not None and len(adapted) < len(layout.modules)
     axes = {field: getattr(layout, field) for field in ("in_axes", "out_axes", "stack_axes")}
-    return axes | {"adapted": adapted if partly else None}
+    changes = {"scale": layout.scale} if layout.scale != 1 else {}
+    changes |= {"interleaved": True} if layout.interleaved else {}
+    return axes | {"adapted": adapted if partly else None} | changes
 
 
 def _describe_bases(description: dict[str, Any]) -> str:

@@ -154,10 +154,11 @@ def from_bnb(
     Raises:
         ValueError: the weight or the layout is of several weights, or the kernel's shape does not fit.
     """
-    if len(weight.shape) != 2 or layout.stack_axes:
+    if len(weight.shape) != 2 or layout.stack_axes or not layout.is_plain:
         raise ValueError(
             f"a weight of shape {weight.shape} cannot be a kernel of {layout}: pass a weight (out, in) and the layout"
-            " of a single kernel. `stack` puts several of them together, and weight.dequantize() gives a plain array."
+            " of a single kernel, neither scaled nor interleaved. `stack` puts several of them together, and"
+            " weight.dequantize() gives a plain array."
         )
     if kernel_shape is None and layout.ndim == 2:
         kernel_shape = weight.shape if layout.out_axes == (0,) else weight.shape[::-1]
@@ -275,9 +276,7 @@ def _rounded(values: jax.Array, dtype: np.dtype) -> jax.Array:
 def _to_kernel(weights: jax.Array, layout: Layout, kernel_shape: tuple[int, ...]) -> jax.Array:
     """Torch weights (*stack, out, in) as kernels (*stack, *kernel_shape)."""
     stacked = weights.shape[:-2]
-    shift = len(stacked)
-    axes = [tuple(axis + shift for axis in group) for group in (layout.in_axes, layout.out_axes)]
-    return Layout(*axes, stack_axes=tuple(range(shift))).to_kernel(weights, (*stacked, *kernel_shape))
+    return layout.within(len(stacked)).to_kernel(weights, (*stacked, *kernel_shape))
 
 
 def _to_device(weight: np.ndarray | Weight4bit | Weight8bit, layout: Layout) -> Any:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter, Factors, init_adapter
 from interop.bases import DEFAULT_RECIPE
-from interop.errors import AdapterFormatError
+from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
 from interop.files import load
 from interop.targets import resolve_targets
@@ -175,7 +175,7 @@ def on_kernels(
         with_dropout: Names of the kernels whose layers apply dropout.
 
     Raises:
-        AdapterFormatError: a kernel is missing or has another shape.
+        AdapterFormatError: a kernel is missing, the message lists both sides; or one has another shape.
         ValueError: two kernels give the same name in `Layout.modules`.
     """
     if adapter.config.dropout and _without_dropout(found, adapter.factors, with_dropout):
@@ -186,11 +186,8 @@ def on_kernels(
             if module in shapes:
                 raise ValueError(f"two kernels hold a weight called {module!r}: correct Layout.modules of {name!r}.")
             shapes[module] = kernel.shape
-    try:
-        bound = adapter.bind(shapes)
-    except AdapterFormatError as error:
-        hint = _layout_hint(found.unclear)
-        raise AdapterFormatError(f"{error}\n{hint.strip()}" if hint else str(error)) from error
+    _refuse_missing(adapter, shapes, found)
+    bound = adapter.bind(shapes)
     kind = AdaLoraAdapter if isinstance(bound.config, AdaLoraConfig) else RandLoraAdapter
     on_device = kind.from_interop(bound)
     factors, layouts = _stack_weights(on_device.factors, found.kernels)
@@ -201,6 +198,23 @@ def on_kernels(
         shapes=tuple((name, found.kernels[name].shape) for name in factors),
         dtype=None if dtype is None else np.dtype(dtype),
     )
+
+
+def _refuse_missing(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], found: Kernels) -> None:
+    """Raise an error that lists layers of the adapter that the model lacks, and those of the model that are left."""
+    missing = [module for module in adapter.factors if module not in shapes]
+    if not missing:
+        return
+    have = f"it has {len(shapes)} linear layers" + (f", such as {next(iter(shapes))!r}" if shapes else "")
+    message = bulleted(f"the model lacks these adapted layers ({have})", missing)
+    left = [module for module in shapes if module not in adapter.factors]
+    if left:
+        message += "\n" + bulleted("the adapter has nothing for these layers of the model", left)
+        message += (
+            "\nIf they are the same layers under other names, pass layouts: one of randlora_jax.LAYOUTS, or rules"
+            " (LayoutRule) that say what each is called in the adapter."
+        )
+    raise AdapterFormatError(f"{message}\n{_layout_hint(found.unclear).strip()}".strip())
 
 
 def _no_dropout(config: AdapterConfig) -> str:

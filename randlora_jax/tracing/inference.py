@@ -13,7 +13,9 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr
 
+from randlora_jax.layout_rules import Parameter
 from randlora_jax.layouts import Layout, module_name, path_parts
+from randlora_jax.naming import Rules, apply_rules, read_rules
 from randlora_jax.quantized import is_quantized
 from randlora_jax.tracing.array_rules import ARRAY_RULES
 from randlora_jax.tracing.propagation import CONTROL_FLOW, Findings, Propagation, Value
@@ -27,10 +29,28 @@ class InferredLayouts(Mapping[str, Layout]):
     Attributes:
         layouts: Layout of each parameter that can be adapted.
         refused: What each of the other parameters is instead, by name.
+        shapes: Shapes of all parameters by name.
     """
 
     layouts: Mapping[str, Layout]
     refused: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def named(self, rules: Rules) -> "InferredLayouts":
+        """These layouts with the names that rules give the weights in adapter files, and the axes that they speak of.
+
+        Args:
+            rules: One of `LAYOUTS`, a YAML file, or `LayoutRule`s. A rule without axes is for kernels found by the
+                trace only; one with all axes also makes a kernel of what was refused.
+
+        Raises:
+            ValueError: as `name_layouts`, or a rule contradicts the trace.
+        """
+        parsed, table = read_rules(rules)
+        parameters = [Parameter(name, None, shape) for name, shape in self.shapes.items()]
+        named = apply_rules(parsed, parameters, self.layouts, table=table)
+        refused = {name: reason for name, reason in self.refused.items() if name not in named}
+        return dataclasses.replace(self, layouts={**self.layouts, **named}, refused=refused)
 
     def __getitem__(self, name: str) -> Layout:
         return self.layouts[name]
@@ -98,7 +118,7 @@ def _read(jaxpr: Jaxpr, shapes: dict[str, tuple[int, ...]]) -> InferredLayouts:
     for name, findings in walk.findings.items():
         verdict = _judge(findings)
         (layouts if isinstance(verdict, Layout) else refused)[name] = verdict
-    return InferredLayouts(layouts, refused)
+    return InferredLayouts(layouts, refused, shapes)
 
 
 def _judge(findings: Findings) -> Layout | str:
@@ -125,8 +145,14 @@ def _judge(findings: Findings) -> Layout | str:
 def _in_words(reading: Layout | str) -> str:
     if isinstance(reading, str):
         return reading
-    stack = f", stack {reading.stack_axes}" if reading.stack_axes else ""
-    return f"in {reading.in_axes}, out {reading.out_axes}{stack}"
+    text = f"in {reading.in_axes}, out {reading.out_axes}" + f", stack {reading.stack_axes}" * bool(reading.stack_axes)
+    text += f", times {reading.scale}" * (reading.scale != 1) + ", interleaved" * reading.interleaved
+    return text + (f": {_shortened(reading.modules)}" if reading.modules else "")
+
+
+def _shortened(names: tuple[str | None, ...]) -> str:
+    shown = [str(name) for name in (names if len(names) < 4 else (*names[:2], "...", names[-1]))]
+    return ", ".join(shown)
 
 
 def _is_one_leaf(node: Any) -> bool:

@@ -12,6 +12,8 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
+import randlora_jax
+
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32}
 VARIANTS = {
@@ -232,3 +234,10 @@ def test_a_folder_without_weights_says_what_it_lacks(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor model\.safetensors\.index\.json"):
         llama_nnx.load_llama(folder)
+
+
+def test_the_layouts_for_transformers_names_leave_its_kernels_their_names(folder):
+    layouts = randlora_jax.name_layouts(llama_nnx.load_llama(folder), "huggingface")
+    modules = transformers.LlamaForCausalLM.from_pretrained(folder).named_modules()
+    linear = [name for name, layer in modules if isinstance(layer, torch.nn.Linear)]
+    assert {name: layout.modules for name, layout in layouts.items()} == {name: (name,) for name in linear}

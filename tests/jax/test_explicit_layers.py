@@ -24,6 +24,7 @@ from randlora_jax import (
     Layout,
     RandLoraBasis,
     RandLoraParam,
+    adapter_names,
     attach,
     bound_bases,
     delete_adapter,
@@ -616,6 +617,34 @@ def test_dropout_in_a_layer_that_has_no_place_for_it_is_refused():
 
 
 # Transformations
+
+
+# Rules for the names in files
+
+
+NAMES = [{"kernel": "(up|down|mix)", "modules": r"model.\1"}]
+SCALED = [{"kernel": "(up|down|mix)", "modules": r"model.\1", "scale": 2}]
+
+
+def test_rules_name_the_layers_of_a_linen_model_in_files(tmp_path):
+    variables = trained_linen(CONFIG)
+    adapter = extract_adapter(variables, CONFIG, layouts=NAMES)
+    adapter.save_pretrained(tmp_path)
+    assert set(interop.load(tmp_path).modules) == {f"model.{name}" for name in SIDES}
+    fresh = LinenNet(CONFIG).init(key(5), batch())
+    loaded = insert_adapter(fresh, tmp_path, CONFIG, layouts=NAMES)
+    chex.assert_trees_all_equal(loaded["randlora"], variables["randlora"])
+
+
+def test_layers_that_apply_the_update_by_themselves_refuse_a_scaled_kernel():
+    message = r"is a RandLoraLinear layer, which takes no Layout\(.*scale=2\.0.*: leave out its scale\."
+    with pytest.raises(ValueError, match=message):
+        extract_adapter(trained_linen(CONFIG), CONFIG, layouts=SCALED)
+    model = Net(CONFIG, nnx.Rngs(key(0)))
+    adapter = extract(model)
+    with pytest.raises(ValueError, match=message):
+        attach(detach(model), dataclasses.replace(adapter, layouts=()), layouts=[{**SCALED[0], "modules": r"\1"}])
+    assert not adapter_names(model)
 
 
 class Block(linen.Module):
