@@ -1,6 +1,6 @@
 """The framework-free hub of randlora: what an adapter is, its file, and the way between the stacks.
 
-Imports numpy, ml_dtypes and safetensors only; `convert` imports a stack by name when it is asked for one.
+Imports numpy and ml_dtypes only; `convert` and `verify` import a stack by name when they are asked for one.
 """
 
 from interop.adalora import AdaLoraConfig, SVDFactors

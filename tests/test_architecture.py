@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("interop", "randlora_jax", "randlora_torch")
 FRAMEWORK = {"interop": "numpy", "randlora_jax": "jax", "randlora_torch": "torch"}
-INTEROP_MAY_IMPORT = {"interop", "numpy", "ml_dtypes", "safetensors", *sys.stdlib_module_names}
+INTEROP_MAY_IMPORT = {"interop", "numpy", "ml_dtypes", *sys.stdlib_module_names}
 FORBIDDEN = {
     "randlora_jax": {"torch", "transformers", "peft", "bitsandbytes", "randlora_torch"},
     "randlora_torch": {"jax", "jaxlib", "flax", "optax", "randlora_jax"},
