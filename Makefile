@@ -25,7 +25,7 @@ test-versions:  ## tests/jax with the oldest and the newest versions that pyproj
 		$(PYTHON) -m venv --clear .venv-$$versions && \
 		.venv-$$versions/bin/python -m pip install --quiet --editable ".[jax,orbax,qwix]" \
 			$$(test $$versions = newest || echo --constraint tests/jax/oldest.txt) \
-			beartype chex hypothesis pytest pytest-xdist && \
+			beartype chex hypothesis pytest pytest-xdist safetensors && \
 		.venv-$$versions/bin/python -m pytest tests/jax --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS) \
 		|| exit 1; \
 	done

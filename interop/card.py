@@ -5,6 +5,8 @@ import json
 import os
 import re
 import secrets
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from string import Template
 
@@ -46,7 +48,9 @@ PEFT reads it as well: `peft.PeftModel.from_pretrained(model, $here)`.$in_peft
 ```python
 import randlora_jax
 
-${attach}adapter = randlora_jax.load_adapter($here, params)  # any pytree of parameters
+randlora_jax.attach(model, $here)  # a Flax NNX model; or
+
+adapter = randlora_jax.load_adapter($here, params)  # any pytree of parameters
 weights = randlora_jax.effective_params(params, adapter)  # W + dW
 ```
 
@@ -64,13 +68,16 @@ $others
 def model_card(adapter: Adapter) -> str:
     """The text of an adapter's README.md, with the metadata that the Hugging Face hub reads on top."""
     config, base = adapter.config, _base_model(adapter.config)
-    front = [f"base_model: {_quoted(base)}"] if base and _REPOSITORY.fullmatch(base) else []
-    front += ["library_name: peft", "tags:", *dict.fromkeys((f"- {config.METHOD.lower()}", "- randlora"))]
+    front = [
+        *_base_line(base),
+        "library_name: peft",
+        "tags:",
+        *dict.fromkeys((f"- {config.METHOD.lower()}", "- randlora")),
+    ]
     facts = _of_adalora(adapter) if isinstance(config, AdaLoraConfig) else _of_randlora(adapter)
     facts["trainable parameters"] = f"{adapter.num_trainable:,d} in {len(adapter.factors)} layers"
     facts["stored as"] = ", ".join(sorted({str(part.dtype) for parts in adapter.factors.values() for part in parts}))
     here = _quoted("path/to/this/folder")
-    attach = f"randlora_jax.attach(model, {here})  # a Flax NNX model; or\n\n"  # takes RandLoRA only
     return _TEXT.substitute(
         front="\n".join(front),
         mark=MARK,
@@ -81,10 +88,44 @@ def model_card(adapter: Adapter) -> str:
         load_base=_load_base(config, base),
         in_peft=_in_peft(adapter),
         here=here,
-        attach="" if isinstance(config, AdaLoraConfig) else attach,
         layers="\n".join(f"- {_code(name)}{_size(adapter, name)}" for name in adapter.factors),
         others="".join(f"\n- {_code(key)}" for key in sorted(adapter.saved_weights)) or "\n- none",
     )
+
+
+_LORA_TEXT = Template("""---
+$front
+---
+$mark
+
+# LoRA of rank $rank$of
+
+The closest updates of rank $rank to those of a $method adapter. The relative error of a layer is
+`|dW - B A| / |dW|` in Frobenius norm.
+
+| layer | relative error |
+| --- | --- |
+$errors
+""")
+
+
+def lora_card(adapter: Adapter, rank: int, errors: Mapping[str, float]) -> str:
+    """The text of the README.md beside a LoRA that stands for an adapter: what it leaves out."""
+    base = _base_model(adapter.config)
+    return _LORA_TEXT.substitute(
+        front="\n".join([*_base_line(base), "library_name: peft", "tags:", "- lora"]),
+        mark=MARK,
+        rank=rank,
+        of=f" for {_code(base)}" if base else "",
+        method=adapter.config.METHOD,
+        errors="\n".join(
+            f"| {_code(name).replace('|', chr(92) + '|')} | {error:.2e} |" for name, error in errors.items()
+        ),
+    )
+
+
+def _base_line(base: str) -> list[str]:
+    return [f"base_model: {_quoted(base)}"] if base and _REPOSITORY.fullmatch(base) else []
 
 
 # What a base model is called on the hub, and what a path may look like besides. Any other name is left out, as it goes
@@ -170,18 +211,22 @@ def _size(adapter: Adapter, name: str) -> str:
     return f" ({' x '.join(map(str, adapter.shapes[name]))})" if adapter.shapes else ""
 
 
-def write_card(adapter: Adapter, directory: Path) -> None:
-    """Put the card into a folder, unless the README.md there is somebody else's.
+def write_card(card: str, directory: Path) -> None:
+    """Put a card into a folder, unless the README.md there is somebody else's; if it cannot be, warn."""
+    try:
+        _write(card, directory)
+    except OSError as error:
+        message = f"the adapter was saved, but not its {CARD_NAME} ({error}). model_card=False silences this."
+        warnings.warn(message, stacklevel=3)
 
-    Raises:
-        OSError: it cannot be written.
-    """
+
+def _write(card: str, directory: Path) -> None:
     place = directory / CARD_NAME
     if os.path.lexists(place) and not _is_ours(place):
         return
     new = directory / f".{CARD_NAME}.{secrets.token_hex(8)}.new"
     try:
-        new.write_text(model_card(adapter), encoding="utf-8", newline="\n")
+        new.write_text(card, encoding="utf-8", newline="\n")
         os.replace(new, place)
     finally:
         with contextlib.suppress(OSError):

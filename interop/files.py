@@ -15,7 +15,8 @@ from typing import Any
 from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
 from interop.bases import DEFAULT_RECIPE, RECIPES, identify_recipe, make_bases
-from interop.card import CARD_NAME, write_card
+from interop.card import model_card as card_of
+from interop.card import write_card
 from interop.contents import Contents, bases_tensors, read_tensors, trained_tensors
 from interop.errors import AdapterFormatError, bulleted, legible
 from interop.fields import AdapterConfig
@@ -164,15 +165,7 @@ def save(
     tensors = trained | (shared if getattr(adapter.config, "save_projection", False) else {})
     replace_pair(directory, config, safetensors_parts(tensors, {"format": "pt", **seal(notes)}))
     if model_card:
-        _write_card(dataclasses.replace(adapter, recipe=notes["recipe"]), directory)
-
-
-def _write_card(adapter: Adapter, directory: Path) -> None:
-    try:
-        write_card(adapter, directory)
-    except OSError as error:
-        message = f"the adapter was saved, but not its {CARD_NAME} ({error}). model_card=False silences this."
-        warnings.warn(message, stacklevel=3)
+        write_card(card_of(dataclasses.replace(adapter, recipe=notes["recipe"])), directory)
 
 
 def _with_bases_as(adapter: Adapter, bases: str | None) -> Adapter:

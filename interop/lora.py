@@ -13,6 +13,7 @@ import numpy as np
 
 from interop.adalora import SVDFactors
 from interop.adapter import Adapter
+from interop.card import lora_card, write_card
 from interop.compare import open_adapter
 from interop.delta import product_blocks
 from interop.folder import CONFIG_NAME, replace_pair
@@ -99,7 +100,9 @@ def export_lora(
     config = json.dumps(_config(adapter, rank), indent=2, sort_keys=True).encode()
     replace_pair(directory, config, safetensors_parts(tensors, {"format": "pt"}))
     next(steps, None)
-    return LoraExport(rank, {name: errors[name] for name in adapter.factors})
+    found = LoraExport(rank, {name: errors[name] for name in adapter.factors})
+    write_card(lora_card(adapter, rank, found.errors), directory)
+    return found
 
 
 class _Made:

@@ -331,7 +331,8 @@ def test_inspect_tells_an_adapter_that_lost_nothing(tmp_path, capsys):
 
 def test_the_command_convert_rewrites_a_folder_to_the_same_bytes(folder, tmp_path, capsys):
     assert main(["convert", str(folder), str(tmp_path / "again")]) == 0
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'again'}\n"
+    size = (folder / WEIGHTS_NAME).stat().st_size
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'again'}: 3 layers, {size:,d} bytes\n"
     assert both_files(tmp_path / "again") == both_files(folder)
 
 
