@@ -18,7 +18,8 @@ from interop.compare import open_adapter
 from interop.delta import product_blocks
 from interop.folder import CONFIG_NAME, replace_pair
 from interop.progress import Progress, no_progress
-from interop.strictjson import JSONError, parse_object
+from interop.regularfile import read_at_most
+from interop.strictjson import MAX_BYTES, JSONError, parse_object
 from interop.table import table
 from interop.tensorfile import DTYPES, safetensors_parts
 
@@ -119,7 +120,7 @@ class _Made:
 def _refuse_other_adapter(directory: Path) -> None:
     path = directory / CONFIG_NAME
     try:
-        kind = parse_object(path.read_bytes()).get("peft_type")
+        kind = parse_object(read_at_most(path, MAX_BYTES)).get("peft_type")
     except FileNotFoundError:
         return
     except JSONError:

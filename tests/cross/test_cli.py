@@ -83,8 +83,8 @@ def test_help_shows_every_command_and_its_examples(folder):
 @pytest.mark.parametrize("line", EXAMPLES, ids=" ".join)
 def test_the_examples_of_the_help_do_what_they_say(folder, line):
     done = run(folder, *line)
-    assert done.stderr == ""
-    assert done.returncode == (1 if line in NOT_SAME else 0), done.stdout
+    assert "randlora" not in done.stderr  # libraries that are imported may have something to say
+    assert done.returncode == (1 if line in NOT_SAME else 0), done.stdout + done.stderr
     assert done.stdout.isascii()
     if "--json" in line:
         json.loads(done.stdout)
