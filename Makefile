@@ -14,8 +14,9 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint constraints.txt
 demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and TEXT=path are optional
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 
+# Most of the time of JAX's tests goes into compiling what runs once; the exhaustive cases are compiled as for users.
 test: $(INSTALLED)  ## the test suite; ARGS="-m slow" for the exhaustive cases
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	JAX_DISABLE_MOST_OPTIMIZATIONS=$(if $(ARGS),0,1) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-models: $(MODELS_INSTALLED)  ## third parties' JAX models, in an environment of their own; ARGS as above
 	$(MODELS_BIN)/python -m pytest tests/models $(ARGS)

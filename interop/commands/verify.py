@@ -17,8 +17,8 @@ from interop.verify import TOLERANCE, verify
 HELP = "check that two adapter folders are the same update in numpy, JAX and torch: exit code 0 if so, 1 if not"
 EXAMPLES = """\
 randlora verify adapter rewritten
-randlora verify adapter rewritten --stacks torch --json
-randlora verify adapter rewritten --stacks none --logits base    the logits of a model, too
+randlora verify adapter rewritten --stacks none --json           numpy alone
+randlora verify adapter rewritten --stacks torch --logits base   the logits of a model, too
 """
 TOKENS = (2, 32)  # batch, length
 
