@@ -13,7 +13,7 @@ Index = tuple[slice, slice]
 
 
 class Rounding(NamedTuple):
-    """What storing a merged weight in its own format (4 bits, int8, bfloat16, ...) changed, in Frobenius norms.
+    """What storing a weight in its own format (4 bits, int8, bfloat16, ...) changed, in Frobenius norms.
 
     Attributes:
         of_weight: Norm of the error divided by the norm of the exact W + dW.

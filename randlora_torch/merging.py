@@ -5,28 +5,18 @@ What differs between kinds of base weight is how it is read, written and put bac
 
 import abc
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from interop.blockwise import Rounding
+
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is torch's DTensor, of which each process holds a part."""
     return hasattr(tensor, "full_tensor")
-
-
-class Rounding(NamedTuple):
-    """What storing a weight in its own format (4 bits, int8, bfloat16, ...) changed, in Frobenius norms.
-
-    Attributes:
-        of_weight: Norm of the error divided by the norm of the exact W + dW.
-        of_update: Norm of the error divided by the norm of dW: from 1 on, nothing of the update can be relied on.
-    """
-
-    of_weight: float
-    of_update: float
 
 
 class Mergeable(metaclass=abc.ABCMeta):
