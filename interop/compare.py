@@ -26,14 +26,12 @@ class Difference(NamedTuple):
     Attributes:
         norm_a, norm_b: Frobenius norms of the two.
         norm: That of their difference.
-        largest: The largest difference of two numbers.
         cosine: Of the angle between the two, as vectors; 0 if one of them is 0.
     """
 
     norm_a: float
     norm_b: float
     norm: float
-    largest: float
     cosine: float
 
     @property
@@ -66,19 +64,17 @@ def layer_differences(
     """
     takes = {name: _blocks_of(a, other, module, shape) for name, other in others.items()}
     sums = {name: np.zeros(4) for name in others}
-    largest = dict.fromkeys(others, 0.0)
     for where, block in a.delta_blocks(module, shape):
         for name, take in takes.items():
             other = take(where, block)
             apart = other - block
             sums[name] += [np.vdot(x, y) for x, y in ((block, block), (other, other), (apart, apart), (block, other))]
-            largest[name] = max(largest[name], float(np.abs(apart).max(initial=0.0)))
-    return {name: _difference(sums[name].tolist(), largest[name]) for name in others}
+    return {name: _difference(sums[name].tolist()) for name in others}
 
 
-def _difference(sums: list[float], largest: float) -> Difference:
+def _difference(sums: list[float]) -> Difference:
     norm_a, norm_b, norm = (value**0.5 for value in sums[:3])
-    return Difference(norm_a, norm_b, norm, largest, sums[3] / (norm_a * norm_b) if norm_a and norm_b else 0.0)
+    return Difference(norm_a, norm_b, norm, sums[3] / (norm_a * norm_b) if norm_a and norm_b else 0.0)
 
 
 def _blocks_of(
