@@ -138,10 +138,9 @@ class Adapter:
         Raises:
             AdapterFormatError: the model lacks an adapted layer, or one has another shape; all are listed.
         """
-        missing = [name for name in self.factors if name not in shapes]
+        missing = lacking(self, shapes)
         if missing:
-            have = f"it has {len(shapes)} linear layers" + (f", such as {next(iter(shapes))!r}" if shapes else "")
-            raise AdapterFormatError(bulleted(f"the model lacks these adapted layers ({have})", missing))
+            raise AdapterFormatError(missing)
         known = {name: (int(out), int(inp)) for name in self.factors for out, inp in [shapes[name]]}
         expected = self.shapes or {}
         wrong = [
@@ -157,6 +156,15 @@ class Adapter:
             made = make_bases(self.config, **shared_dims(known.values())._asdict(), recipe=recipe)
             bound = dataclasses.replace(bound, bases=made, recipe=recipe)
         return bound
+
+
+def lacking(adapter: Adapter, shapes: Mapping[str, Any]) -> str:
+    """What to say of the adapted layers that a model of these layers lacks; "" if it lacks none."""
+    missing = [name for name in adapter.factors if name not in shapes]
+    if not missing:
+        return ""
+    have = f"it has {len(shapes)} linear layers" + (f", such as {next(iter(shapes))!r}" if shapes else "")
+    return bulleted(f"the model lacks these adapted layers ({have})", missing)
 
 
 def factors_kind(config: AdapterConfig) -> type[Factors] | type[SVDFactors]:

@@ -217,14 +217,10 @@ class QuantState(NamedTuple):
 
 
 def _assemble_4bit(tensor: np.ndarray, pieces: dict[str, np.ndarray]) -> Weight4bit:
-    states = [piece for piece in pieces if piece.startswith(_STATE)]
-    if len(states) != 1:
-        raise ValueError(
-            f"has {sorted(states) or 'no quant_state'}: exactly one {_STATE}bitsandbytes__nf4|fp4 is needed"
-        )
-    state = parse_state(states[0], pieces[states[0]])
+    piece = state_piece(pieces)
+    state = parse_state(piece, pieces[piece])
     nested = state.nested_blocksize is not None
-    _check_pieces(pieces, required={states[0], *(_PIECES if nested else _PIECES[:2])})
+    _check_pieces(pieces, required={piece, *(_PIECES if nested else _PIECES[:2])})
     count = math.prod(state.shape)
     packed = tensor.reshape(-1).view(np.uint8)
     if packed.size != -(-count // 2):
@@ -242,6 +238,16 @@ def _assemble_4bit(tensor: np.ndarray, pieces: dict[str, np.ndarray]) -> Weight4
         )
     _check_array("absmax", absmax, np.float32, blocks)
     return Weight4bit(packed, absmax, tuple(code.tolist()), state.blocksize, state.shape, state.dtype, state.quant_type)
+
+
+def state_piece(pieces: Iterable[str]) -> str:
+    """Which piece of a 4-bit weight is the JSON that says how it is quantized."""
+    states = [piece for piece in pieces if piece.startswith(_STATE)]
+    if len(states) != 1:
+        raise ValueError(
+            f"has {sorted(states) or 'no quant_state'}: exactly one {_STATE}bitsandbytes__nf4|fp4 is needed"
+        )
+    return states[0]
 
 
 def parse_state(piece: str, content: np.ndarray) -> QuantState:

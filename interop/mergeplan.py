@@ -11,7 +11,7 @@ import numpy as np
 from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
 from interop.basenames import BaseNames, is_known_conv1d, match_names, unties
-from interop.bnb import MALFORMED, QuantState, grouped, parse_state, require_bitsandbytes
+from interop.bnb import MALFORMED, QuantState, grouped, parse_state, require_bitsandbytes, state_piece
 from interop.errors import bulleted
 from interop.modelfolder import CheckpointFormatError, ModelFolder, model_dtype
 from interop.outfolder import Spec
@@ -150,10 +150,8 @@ def _weight(model: ModelFolder, name: str, keys: Mapping[str, str]) -> _Weight:
 
 def state_key(keys: Mapping[str, str]) -> tuple[str, str]:
     """The piece of a 4-bit weight that is JSON, and its key."""
-    states = [piece for piece in keys if piece.startswith("quant_state.")]
-    if len(states) != 1:
-        raise ValueError(f"has {sorted(states) or 'no quant_state'}: exactly one is needed")
-    return states[0], keys[states[0]]
+    piece = state_piece(keys)
+    return piece, keys[piece]
 
 
 def read_state(model: ModelFolder, keys: Mapping[str, str]) -> tuple[QuantState, bool]:

@@ -132,7 +132,7 @@ def _check(a: Adapter, b: Adapter, module: str, stacks: Collection[str]) -> Laye
     identical = b is a or same_numbers(a, b, module)
     if identical and not stacks:
         return LayerCheck(module, shape, identical, None, {"numpy": 0.0})
-    others: dict[str, Any] = {} if b is a else {"numpy": b}
+    others: dict[str, Any] = {} if b is a else {"numpy": a if identical else b}
     layer = b.layer(module, shape)
     others |= {stack: np.asarray(convert(layer, to=stack).delta_weight(module)) for stack in stacks}
     found = layer_differences(a, module, others, shape)

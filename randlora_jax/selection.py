@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from interop.adalora import AdaLoraConfig, SVDFactors
-from interop.adapter import Adapter, Factors, init_adapter
+from interop.adapter import Adapter, Factors, init_adapter, lacking
 from interop.bases import DEFAULT_RECIPE
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
@@ -202,11 +202,9 @@ def on_kernels(
 
 def _refuse_missing(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], found: Kernels) -> None:
     """Raise an error that lists layers of the adapter that the model lacks, and those of the model that are left."""
-    missing = [module for module in adapter.factors if module not in shapes]
-    if not missing:
+    message = lacking(adapter, shapes)
+    if not message:
         return
-    have = f"it has {len(shapes)} linear layers" + (f", such as {next(iter(shapes))!r}" if shapes else "")
-    message = bulleted(f"the model lacks these adapted layers ({have})", missing)
     left = [module for module in shapes if module not in adapter.factors]
     if left:
         message += "\n" + bulleted("the adapter has nothing for these layers of the model", left)

@@ -181,6 +181,10 @@ def test_an_adapter_that_does_not_know_its_shapes_says_what_to_do(tmp_path):
     unbound = dataclasses.replace(interop.load(tmp_path), bases=None, shapes=None)
     with pytest.raises(ValueError, match=r"no bases yet: give it its model's layer shapes, adapter\.bind\(shapes\)"):
         verify(unbound, with_factor(unbound, "block.0.up", np.negative), stacks=())
+    other = dataclasses.replace(unbound, config=dataclasses.replace(unbound.config, projection_prng_key=5))
+    for compare in (lambda a, b: verify(a, b, stacks=()), diff):  # equal factors, but bases that nobody knows yet
+        with pytest.raises(ValueError, match="no bases yet"):
+            compare(unbound, other)
     with pytest.raises(TypeError, match="holds no adapter"):
         verify(3, 4)
 
