@@ -8,8 +8,10 @@ from interop.config import RandLoraConfig
 from randlora_torch.adalora import AdaLoraLayer, SVDConv2d, SVDLinear
 from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
 from randlora_torch.bases import BufferDict, layer_bases, make_bases
+from randlora_torch.contraction import adapted_linear, apply_delta, folded_weight
 from randlora_torch.extracting import extract
-from randlora_torch.gradients import UniqueBaseGrad, apply_delta, delta_weight
+from randlora_torch.folding import fold_once, set_plan
+from randlora_torch.gradients import UniqueBaseGrad, delta_weight
 from randlora_torch.kbit import prepare_model_for_kbit_training
 from randlora_torch.merging import Rounding
 from randlora_torch.model import AdaLoraModel, RandLoraModel, get_peft_model, load_adapter
@@ -34,14 +36,18 @@ __all__ = [
     "SVDConv2d",
     "SVDLinear",
     "UniqueBaseGrad",
+    "adapted_linear",
     "apply_delta",
     "delta_weight",
     "extract",
+    "fold_once",
+    "folded_weight",
     "get_peft_model",
     "layer_bases",
     "load_adapter",
     "make_bases",
     "prepare_model_for_kbit_training",
+    "set_plan",
 ]
 
 # What needs an optional package, or is slow to import, is imported when it is asked for.

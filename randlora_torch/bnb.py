@@ -12,7 +12,8 @@ from bitsandbytes.nn import Linear8bitLt as Base8bit
 from torch import Tensor, nn
 
 from randlora_torch.adalora import AdaLoraLayer
-from randlora_torch.layer import AdapterLayer
+from randlora_torch.gradients import product_dtype
+from randlora_torch.layer import AdapterLayer, Frozen, is_bare
 from randlora_torch.randlora import RandLoraLayer
 
 logger = logging.getLogger(__name__)
@@ -39,9 +40,17 @@ class Int8Weight(AdapterLayer):
         scales = weight.SCB if weight.SCB is not None else state.SCB
         return weight.data, scales.to(weight.device)
 
+    def _frozen(self, x: Tensor) -> Frozen | None:
+        """Folded, the layer computes with the dequantized weight: unlike bitsandbytes, it does not round x to int8."""
+        return _frozen_quantized(self, x, product_dtype(x))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight (out, in), in a new tensor."""
+        return self._read_weight().to(dtype)
+
     def _read_weight(self) -> Tensor:
         codes, scales = self._codes()
-        return codes.float() * (scales.float() * (1 / 127))[:, None]
+        return codes.float().mul_((scales.float() * (1 / 127))[:, None])
 
     def _weight_dtype(self) -> torch.dtype:
         return torch.float16  # what bitsandbytes quantizes from
@@ -80,9 +89,20 @@ class PackedWeight(AdapterLayer):
         keep_packing(self.base_layer)
         return super().forward(x, *args, **kwargs)
 
+    def _frozen(self, x: Tensor) -> Frozen | None:
+        if not self.base_layer.compute_type_is_set:  # which bitsandbytes does in the first call
+            return None
+        under_autocast = product_dtype(x) != x.dtype
+        computes_in = None if under_autocast else self.base_layer.compute_dtype
+        return _frozen_quantized(self, x, computes_in or product_dtype(x))
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight (out, in), in a new tensor."""
+        return dequantize_4bit(self.base_layer.weight).to(dtype)
+
     def _read_weight(self) -> Tensor:
         keep_packing(self.base_layer)
-        return dequantize_4bit(self.base_layer.weight).float()
+        return self.dense(torch.float32)
 
     def _weight_dtype(self) -> torch.dtype:
         return self.base_layer.weight.quant_state.dtype
@@ -124,6 +144,15 @@ class SVDLinear8bitLt(Int8Weight, AdaLoraLayer):
 
 class SVDLinear4bit(PackedWeight, AdaLoraLayer):
     """AdaLoRA on bitsandbytes' `Linear4bit`; unlike PEFT's, it merges."""
+
+
+def _frozen_quantized(layer: Int8Weight | PackedWeight, x: Tensor, dtype: torch.dtype) -> Frozen | None:
+    base = layer.base_layer
+    if not is_bare(base) or type(base).forward not in (Base8bit.forward, Base4bit.forward):
+        return None
+    if base.weight.device != x.device or dtype == torch.float64:
+        return None
+    return Frozen(layer, base.bias, dtype, x.dtype)
 
 
 def _check_cpu_kernels(in_features: int, blocksize: int) -> None:

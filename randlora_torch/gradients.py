@@ -8,7 +8,7 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
@@ -53,22 +53,33 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if is_autocast_available(kind) else contextlib.nullcontext()
 
 
-class _Operands(NamedTuple):
-    """What both functions keep for backward: the arguments, nothing derived from them."""
+class Operands(NamedTuple):
+    """What the functions of an update keep for backward: the arguments, nothing derived from them."""
 
     bases_A: Tensor
     bases_B: Tensor
     lam: Tensor
     gamma: Tensor
 
-    def scaled(self, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """`scaling * lambda * A * gamma` (r*n, d), computed in float32, and B (D, n*r); both in `dtype`."""
+    def matrices(self, scaling: float, dtype: torch.dtype, tall: bool) -> tuple[Tensor, Tensor]:
+        """Two matrices in `dtype` whose product is dW (out, in); U = `scaling * lambda * A * gamma`, made in float32.
+
+        (D, k) B and (k, d) U for a tall dW, (d, k) U^T and (k, D) B^T for a wide one, with k = n * r.
+        """
         A, lam, gamma = self._wide()
-        B = self.bases_B.to(dtype)
-        return scale_bases(A, scaling * lam, gamma).to(dtype), B.reshape(B.shape[0], -1)
+        scaled_A, B = scale_bases(A, scaling * lam, gamma).to(dtype), self.flat_B(dtype)
+        return (B, scaled_A) if tall else (scaled_A.T, B.T)
+
+    def flat_B(self, dtype: torch.dtype) -> Tensor:
+        """B (D, n*r) in `dtype`."""
+        return self.bases_B.to(dtype).reshape(self.bases_B.shape[0], -1)
+
+    def project(self, grad_weight: Tensor, scaling: float, tall: bool) -> tuple[Tensor, Tensor]:
+        """Gradients of lambda and gamma from that of dW (out, in)."""
+        return self.grads(self.flat_B(grad_weight.dtype).T @ (grad_weight if tall else grad_weight.T), scaling)
 
     def grads(self, grad_scaled_A: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-        """Gradients of lambda and gamma, computed in float32 and returned in their dtypes."""
+        """Gradients of lambda and gamma from that of U / scaling, computed in float32 and returned in their dtypes."""
         A, lam, gamma = self._wide()
         grads = factor_grads(A, lam, gamma, grad_scaled_A.to(A.dtype))
         return (scaling * grads.lam).to(self.lam.dtype), (scaling * grads.gamma).to(self.gamma.dtype)
@@ -78,14 +89,32 @@ class _Operands(NamedTuple):
         return self.bases_A.to(dtype), self.lam.to(dtype), self.gamma.to(dtype)
 
 
+def add_product(weight: Tensor | None, left: Tensor, right: Tensor, *, in_place: bool = False) -> Tensor:
+    """`weight + left @ right` in the dtype of the product, which is added to a wider weight before rounding.
+
+    Args:
+        weight: (out, in); None for zero.
+        left: (out, k).
+        right: (k, in).
+        in_place: Whether the result may take the place of `weight`.
+    """
+    if weight is None:
+        return left @ right
+    if weight.stride(0) == 1 != weight.stride(1):  # stored (in, out): so is the result
+        return add_product(weight.T, right.T, left.T, in_place=in_place).T
+    if weight.dtype != left.dtype:
+        return (weight + left @ right).to(left.dtype)
+    return weight.addmm_(left, right) if in_place else torch.addmm(weight, left, right)
+
+
 class _DeltaWeight(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(bases_A: Tensor, bases_B: Tensor, lam: Tensor, gamma: Tensor, scaling: float) -> Tensor:
         with no_autocast(lam):
-            scaled_A, B = _Operands(bases_A, bases_B, lam, gamma).scaled(scaling, compute_dtype(lam, gamma))
-            return B @ scaled_A
+            operands = Operands(bases_A, bases_B, lam, gamma)
+            return add_product(None, *operands.matrices(scaling, compute_dtype(lam, gamma), tall=True))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -94,15 +123,13 @@ class _DeltaWeight(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        kept = _Operands(*ctx.saved_tensors)
         with no_autocast(grad):
-            B = kept.bases_B.to(grad.dtype).reshape(kept.bases_B.shape[0], -1)
-            return None, None, *kept.grads(B.T @ grad, ctx.scaling), None
+            return None, None, *Operands(*ctx.saved_tensors).project(grad, ctx.scaling, tall=True), None
 
 
 def delta_weight(
     bases_A: Float[Tensor, "r d"],
-    bases_B: Float[Tensor, "D n r"],
+    bases_B: Shaped[Tensor, "D n r"],
     lam: Float[Tensor, "r n"],
     gamma: Float[Tensor, "n d"],
     *,
@@ -113,80 +140,15 @@ def delta_weight(
     Row `k*n + b` of the scaled A meets column `b*r + k` of B: the sum of arXiv:2502.00987 up to a fixed shuffle of
     random columns. Costs O(D n r d) time and a (D, d) result, in float32 or wider. Differentiable in lam and gamma.
 
+    Args:
+        bases_A: See `layer_bases`; so is bases_B.
+        bases_B: May be stored in any dtype, also as integers.
+        lam: Applied to A in float32 or wider, as gamma is.
+        gamma: See lam.
+        scaling: `config.scaling`, times `LayerBases.scale`.
+
     Raises:
         ValueError: the shapes do not fit each other.
     """
     check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
     return _DeltaWeight.apply(bases_A, bases_B, lam, gamma, scaling)
-
-
-class _ApplyDelta(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(
-        x: Tensor,
-        bases_A: Tensor,
-        bases_B: Tensor,
-        lam: Tensor,
-        gamma: Tensor,
-        short_input: bool,
-        scaling: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        with no_autocast(x):
-            scaled_A, B = _Operands(bases_A, bases_B, lam, gamma).scaled(scaling, dtype)
-            rows = x.to(dtype)
-            return (rows @ scaled_A.T) @ B.T if short_input else (rows @ B) @ scaled_A
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        *tensors, ctx.short_input, ctx.scaling, ctx.dtype = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        x, *operands = ctx.saved_tensors
-        kept = _Operands(*operands)
-        with no_autocast(x):
-            scaled_A, B = kept.scaled(ctx.scaling, ctx.dtype)
-            rows_x = x.reshape(-1, x.shape[-1]).to(ctx.dtype)  # (T, in)
-            rows_g = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)  # (T, out)
-            if ctx.short_input:  # y = (x U^T) B^T
-                hidden = rows_g @ B  # (T, n*r)
-                grad_scaled_A, back = hidden.T @ rows_x, scaled_A
-            else:  # y = (x B) U
-                hidden = rows_g @ scaled_A.T  # (T, n*r)
-                grad_scaled_A, back = (rows_x @ B).T @ rows_g, B.T
-            grad_x = (hidden @ back).reshape(x.shape).to(x.dtype) if ctx.needs_input_grad[0] else None
-            return grad_x, None, None, *kept.grads(grad_scaled_A, ctx.scaling), None, None, None
-
-
-def apply_delta(
-    x: Float[Tensor, "*batch inputs"],
-    bases_A: Float[Tensor, "r d"],
-    bases_B: Float[Tensor, "D n r"],
-    lam: Float[Tensor, "r n"],
-    gamma: Float[Tensor, "n d"],
-    *,
-    out_features: int,
-    scaling: float,
-) -> Float[Tensor, "*batch outputs"]:
-    """`x @ dW.T` without forming dW, for a layer with weight (out, in); fewer operations when x has few rows.
-
-    The products run in the dtype of x, or in autocast's, and so does the result; the bases are best given in that
-    dtype, and are converted otherwise. Lambda and gamma are applied to A in float32.
-
-    Raises:
-        ValueError: the shapes do not fit each other, or x is not floating point.
-    """
-    check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
-    if not x.is_floating_point():
-        raise ValueError(f"x has dtype {x.dtype}: pass floating point inputs.")
-    long, short = bases_B.shape[0], bases_A.shape[-1]
-    if (x.shape[-1], out_features) not in ((short, long), (long, short)):
-        raise ValueError(
-            f"a layer of shape ({out_features}, {x.shape[-1]}) does not fit bases for a {long} x {short} layer:"
-            " slice them with layer_bases(bases, (out, in))."
-        )
-    return _ApplyDelta.apply(x, bases_A, bases_B, lam, gamma, x.shape[-1] == short, scaling, product_dtype(x))

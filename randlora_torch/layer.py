@@ -7,7 +7,7 @@ say how the weight of a kind of base layer is read and written. A layer class is
 import abc
 import dataclasses
 import threading
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from interop.adalora import SVDFactors
 from interop.adapter import Factors
+from randlora_torch.contraction import Quantized
 from randlora_torch.merging import Mergeable
 
 BASE_ROWS = "__base__"  # in a mixed batch, the "adapter" of rows that no adapter changes
@@ -51,6 +52,15 @@ class Rows:
                 " rows of the batch on its first axis (experts? time first?). Call the model once per adapter."
             )
         return [name for name in self.names for _ in range(entries // count)]
+
+
+class Frozen(NamedTuple):
+    """What a base layer computes with: `x @ weight.T + bias` in `dtype`, and the result in `result_dtype`."""
+
+    weight: Tensor | Quantized
+    bias: Tensor | None
+    dtype: torch.dtype
+    result_dtype: torch.dtype
 
 
 class AdapterLayer(Mergeable, nn.Module):
@@ -131,6 +141,10 @@ class AdapterLayer(Mergeable, nn.Module):
                 del held[adapter_name]
         self.active_adapters = [name for name in self.active_adapters if name != adapter_name]
 
+    def _frozen(self, x: Tensor) -> Frozen | None:
+        """What the base layer computes with for x, or None if more happens in it than `x @ W.T + bias`."""
+        return None
+
     @property
     def weight(self) -> Tensor:
         """The base weight, for code that reads it instead of calling the layer; see `PlainWeight.weight`."""
@@ -175,6 +189,12 @@ def layer_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Conv2d):
         return layer.out_channels, layer.weight[0].numel()
     return layer.out_features, layer.in_features
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether calling the layer runs its class's `forward` and nothing else: no hooks, no method put over it."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" not in vars(layer) and not any(getattr(layer, name) for name in hooks)
 
 
 def compute_device(layer: nn.Module) -> torch.device:

@@ -1,6 +1,6 @@
 """RandLoRA's layer: lambda and gamma of each adapter, and bases that it shares with all other layers."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -10,8 +10,10 @@ from interop.adapter import Factors
 from interop.bases import Bases
 from interop.shapes import factor_shapes
 from randlora_torch.bases import BufferDict, LayerBases, layer_bases
-from randlora_torch.gradients import UniqueBaseGrad, apply_delta, delta_weight, product_dtype
-from randlora_torch.layer import AdapterLayer, compute_device
+from randlora_torch.contraction import adapted_linear, plan_for
+from randlora_torch.gradients import Operands, UniqueBaseGrad, delta_weight, product_dtype
+from randlora_torch.layer import AdapterLayer, Frozen, compute_device
+from randlora_torch.step import Step, StepWeight, Update
 from randlora_torch.weights import PlainWeight
 
 
@@ -39,6 +41,10 @@ class RandLoraLayer(AdapterLayer):
         randlora_dropout: Probability of zeroing an input of the adapter branch while training.
         init_weights: True starts at dW = 0, False at a random update.
     """
+
+    plan: str = "auto"  # see `set_plan`
+    keep_weight: bool = False
+    step: Step | None = None  # see `fold_once`
 
     adapter_layer_names = ("randlora_lambda", "randlora_gamma")
     other_param_names = ("randlora_A", "randlora_B")
@@ -102,16 +108,61 @@ class RandLoraLayer(AdapterLayer):
         delta = delta_weight(*bases, *factors, scaling=self.scaling[adapter_name])  # (long, short)
         return delta if self.out_features >= self.in_features else delta.T
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """See `AdapterLayer.forward`; where `plan` folds, updates are added to the weight instead of the output."""
+        names = self._applied()
+        if not names or self.rows is not None or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        frozen = None if self._drops(names) else self._frozen(x)
+        if self.step is not None:
+            return self._step_forward(x, frozen, names)
+        if frozen is None or not self._folds(names[0], x, frozen):
+            return super().forward(x)
+        update = self._update_of(names[0], x.device)
+        options = {**self._options(update), "dtype": frozen.dtype}
+        result = adapted_linear(x, frozen.weight, frozen.bias, *update.operands, **options).to(frozen.result_dtype)
+        for name in names[1:]:
+            result = result + self._update(name, x).to(result.dtype)
+        return result
+
+    def _step_forward(self, x: Tensor, frozen: Frozen | None, names: list[str]) -> Tensor:
+        """Over the W' that all passes of an optimizer step share, or over dW where the base layer must be called."""
+
+        def over(x: Tensor, weight: Any, bias: Tensor | None, names: list[str], dtype: torch.dtype) -> Tensor:
+            def make() -> StepWeight:
+                return StepWeight(weight, [self._update_of(name, x.device) for name in names], dtype)
+
+            return self.step.linear((self, weight is None, *names, dtype, x.device), x, make, bias)
+
+        if frozen is not None:
+            return over(x, frozen.weight, frozen.bias, names, frozen.dtype).to(frozen.result_dtype)
+        result = self.base_layer(x)
+        for name in names:
+            result = result + over(self._dropped(name, x), None, None, [name], product_dtype(x)).to(result.dtype)
+        return result
+
+    def _drops(self, adapter_names: list[str]) -> bool:
+        dropouts = (self.randlora_dropout[name] for name in adapter_names)
+        return any(dropout.training and not isinstance(dropout, nn.Identity) for dropout in dropouts)
+
+    def _folds(self, adapter_name: str, x: Tensor, frozen: Frozen) -> bool:
+        """Whether W' is made for x, in forward or in backward; without, the base layer is best called as it is."""
+        r = self.r[adapter_name]
+        plan = plan_for(x, (self.out_features, self.in_features), r, frozen.dtype, self.plan, self.keep_weight)
+        return plan.fold_forward or (plan.fold_backward and torch.is_grad_enabled())
+
+    def _update_of(self, adapter_name: str, device: torch.device) -> Update:
+        factors = (part.to(device) for part in self.factors(adapter_name))
+        operands = Operands(*self._bases(adapter_name, device), *factors)
+        return Update(operands, self.scaling[adapter_name], self.out_features)
+
+    def _options(self, update: Update) -> dict[str, Any]:
+        plan = {"plan": self.plan, "keep_weight": self.keep_weight}
+        return {"scaling": update.scaling, "out_features": update.out_features, **plan}
+
     def _update(self, adapter_name: str, x: Tensor) -> Tensor:
-        lam, gamma = self.factors(adapter_name)
-        return apply_delta(
-            self._dropped(adapter_name, x),
-            *self._bases(adapter_name, x.device, product_dtype(x)),
-            lam.to(x.device),
-            gamma.to(x.device),
-            out_features=self.out_features,
-            scaling=self.scaling[adapter_name],
-        )
+        update = self._update_of(adapter_name, x.device)
+        return adapted_linear(self._dropped(adapter_name, x), None, None, *update.operands, **self._options(update))
 
 
 class Linear(PlainWeight, RandLoraLayer):

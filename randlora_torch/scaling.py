@@ -24,7 +24,7 @@ def scale_bases(
     bases_A: Float[Tensor, "r d"], lam: Float[Tensor, "r n"], gamma: Float[Tensor, "n d"]
 ) -> Float[Tensor, "r*n d"]:
     """Rows `lam[k, b] * bases_A[k] * gamma[b]`, row index `k*n + b` as PEFT flattens them."""
-    scaled = torch.einsum("rn,rd,nd->rnd", lam, bases_A, gamma)
+    scaled = (lam[:, :, None] * gamma).mul_(bases_A[:, None])  # one large array is made, not two
     return scaled.reshape(-1, scaled.shape[-1])
 
 

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from randlora_torch.layer import AdapterLayer
+from randlora_torch.gradients import product_dtype
+from randlora_torch.layer import AdapterLayer, Frozen, is_bare
+from randlora_torch.merging import is_sharded
 
 
 class PlainWeight(AdapterLayer):
@@ -24,6 +26,16 @@ class PlainWeight(AdapterLayer):
             return self.base_layer.weight
         weight = self._read_weight() + sum(self.get_delta_weight(name) for name in names)
         return self._stored(weight).to(self._weight_dtype())
+
+    def _frozen(self, x: Tensor) -> Frozen | None:
+        base, dtype = self.base_layer, product_dtype(x)
+        weight = base._parameters.get("weight")
+        if not is_bare(base) or type(base).forward not in (nn.Linear.forward, Conv1D.forward) or weight is None:
+            return None
+        same = weight.dtype == x.dtype or (dtype != x.dtype and weight.dtype != torch.float64)  # else it complains
+        if not same or not weight.is_floating_point() or weight.device != x.device or is_sharded(weight):
+            return None
+        return Frozen(self._stored(weight), base.bias, dtype, dtype)
 
     def _stored(self, weight: Tensor) -> Tensor:
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
