@@ -1,4 +1,7 @@
-"""Shared by the benchmarks: competitors take turns in one process, and results are written with the machine's name."""
+"""Shared by the benchmarks: competitors take turns in one process, and results are written with the machine's name.
+
+Machines are noisy, so a claim is about a ratio within one run: `ratio` compares two competitors round by round.
+"""
 
 import os
 import platform
@@ -6,9 +9,12 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,8 +32,23 @@ def alternate(competitors: Mapping[str, Callable[[], object]], *, rounds: int) -
 
 def spread(seconds: list[float]) -> str:
     """Median in milliseconds with the range."""
-    low, middle, high = (1e3 * value for value in (min(seconds), statistics.median(seconds), max(seconds)))
+    middle, low, high = (1e3 * value for value in bar(seconds))
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+def bar(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, smallest and largest, as `draw` takes them."""
+    return statistics.median(values), min(values), max(values)
+
+
+def ratios(seconds: Mapping[str, list[float]], one: str, other: str) -> list[float]:
+    """By how much `one` takes longer than `other`, in each round."""
+    return [mine / theirs for mine, theirs in zip(seconds[one], seconds[other], strict=True)]
+
+
+def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
+    """The median of `ratios`."""
+    return statistics.median(ratios(seconds, one, other))
 
 
 def write(name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...]) -> None:
@@ -37,7 +58,7 @@ def write(name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple
     """
     accelerator = _accelerator()
     machine = f"{_cpu()}, {os.cpu_count()} cores" + f", {accelerator}" * bool(accelerator)
-    name += "." + re.sub(r"\W+", "-", accelerator) if accelerator else ""
+    name = _with_accelerator(name)
     lines = [f"# {title}", "", f"{machine}, Python {platform.python_version()}, "]
     lines[-1] += ", ".join(f"{package} {version(package)}" for package in packages) + "."
     head, *body = rows
@@ -45,6 +66,36 @@ def write(name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
+
+
+def draw(
+    name: str,
+    title: str,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
+    ylabel: str,
+) -> None:
+    """Store a picture beside the table: for each group one bar per series, with the range of its rounds."""
+    matplotlib.use("Agg")
+    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(groups) + 2), 4), layout="constrained")
+    width = 0.8 / len(series)
+    for index, (label, bars) in enumerate(series.items()):
+        middle = [value for value, _, _ in bars]
+        errors = [[value - low for value, low, _ in bars], [high - value for value, _, high in bars]]
+        places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
+        axes.bar(places, middle, width, yerr=errors, label=label, capsize=2, error_kw={"linewidth": 0.8})
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set(title=title, ylabel=ylabel)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small")
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{_with_accelerator(name)}.png", dpi=110)
+    pyplot.close(figure)
+
+
+def _with_accelerator(name: str) -> str:
+    accelerator = _accelerator()
+    return name + ("." + re.sub(r"\W+", "-", accelerator) if accelerator else "")
 
 
 def _accelerator() -> str:

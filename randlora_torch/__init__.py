@@ -53,7 +53,7 @@ __all__ = [
 # What needs an optional package, or is slow to import, is imported when it is asked for.
 _OPTIONAL = {
     **dict.fromkeys(("Linear4bit", "Linear8bitLt", "SVDLinear4bit", "SVDLinear8bitLt"), "bnb"),
-    "AdaLoraCallback": "callback",
+    **dict.fromkeys(("AdaLoraCallback", "FoldOnceCallback"), "callback"),
     "accelerate_peft": "peft_host",
 }
 

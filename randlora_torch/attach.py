@@ -17,7 +17,6 @@ from randlora_torch.bases import BufferDict, to_torch
 from randlora_torch.extras import Extras, extra_parameters, find_extras, match_extras
 from randlora_torch.layer import BASE_ROWS, AdapterLayer, Rows
 from randlora_torch.merging import is_sharded
-from randlora_torch.randlora import RandLoraLayer
 from randlora_torch.rank_allocator import RankAllocator
 from randlora_torch.saved import ModulesToSaveWrapper
 from randlora_torch.structure import (
@@ -75,7 +74,7 @@ class Attached:
     active: list[str] = dataclasses.field(default_factory=list)
     disabled: bool = False
     rows: Rows | None = None  # of a mixed batch, while it is computed
-    plan: str = "auto"  # of layers to come, see `set_plan`
+    plan: str | None = None  # of layers to come, and `keep_weight`, if `set_plan` was called
     keep_weight: bool = False
 
 
@@ -283,7 +282,7 @@ def _replace(model: nn.Module, layers: dict[str, nn.Module], created: dict[str, 
     owners = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for name, layer in created.items():
         layer.active_adapters, layer.disable_adapters = list(state.active), state.disabled
-        if isinstance(layer, RandLoraLayer):
+        if state.plan is not None:
             layer.plan, layer.keep_weight = state.plan, state.keep_weight
         layer.tied = owners[id(layers[name]._parameters.get("weight"))] > 1
         for alias in aliases[id(layers[name])]:

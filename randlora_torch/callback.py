@@ -1,12 +1,15 @@
-"""`AdaLoraCallback`: transformers' Trainer lets the ranks of AdaLoRA adapters follow their schedule."""
+"""Callbacks of transformers' Trainer: AdaLoRA's schedule of ranks, and W' made once per optimizer step."""
 
 from typing import Any
 
+from accelerate.state import GradientState
 from torch import nn
 from transformers import TrainerCallback
 
 from randlora_torch.attach import find_attached
+from randlora_torch.folding import begin_step, end_step
 from randlora_torch.model import AdaLoraModel
+from randlora_torch.step import Step
 
 
 class AdaLoraCallback(TrainerCallback):
@@ -39,6 +42,28 @@ class AdaLoraCallback(TrainerCallback):
     ) -> None:
         """The moment between the optimizer's step and the clearing of the gradients."""
         _adapted_part(model).update_and_allocate(state.global_step + 1)
+
+
+class FoldOnceCallback(TrainerCallback):
+    """`fold_once` at every optimizer step: `Trainer(..., callbacks=[FoldOnceCallback()])`, TRL's trainers alike.
+
+    For `gradient_accumulation_steps` above 1: all micro-batches of a step compute over one W' per layer. The gradients
+    of lambda and gamma come at the end of the last backward, before they are clipped.
+    """
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        """Forget a step that an exception broke off."""
+        end_step(model)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """Before the step's first micro-batch."""
+        begin_step(model, Step(is_last=lambda: GradientState().sync_gradients))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        """After the optimizer's step."""
+        end_step(model)
 
 
 def _adapted_part(model: nn.Module | None) -> AdaLoraModel:

@@ -35,6 +35,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def factored(monkeypatch):
+    """Layers that multiply in the order of PEFT's, whatever the sizes: for comparisons bit for bit."""
+    monkeypatch.setattr(RandLoraLayer, "plan", "factored")
+
+
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()

@@ -50,7 +50,7 @@ def with_adalora():
 def found(tmp_path_factory):
     """The folder that the processes wrote to, and by scenario what each of them found."""
     folder = tmp_path_factory.mktemp("parallel")
-    models = {"ddp": adapted(), "fsdp": adapted(modules_to_save=["lm_head"]), "trainer": adapted()}
+    models = {"ddp": adapted(), "once": adapted(), "fsdp": adapted(modules_to_save=["lm_head"]), "trainer": adapted()}
     models["adalora"] = with_adalora()
     for scenario, model in models.items():
         torch.save(model, folder / f"{scenario}.pt")
@@ -99,6 +99,12 @@ def test_two_processes_with_half_a_batch_each_train_as_one_with_all_of_it(ddp, a
     torch.testing.assert_close((first["losses"] + second["losses"]) / 2, losses, **CLOSE)
     torch.testing.assert_close(first["trainable"], want, **CLOSE)
     assert losses[-1] < losses[0] - 0.05
+
+
+def test_micro_batches_over_one_weight_train_under_ddp_as_one_process_does(found, alone):
+    for process in found[1]["once"]:
+        torch.testing.assert_close(process["trainable"], alone[2], **CLOSE)
+        assert "parameters are sharded, so no W' can be kept whole: leave fold_once out" in process["sharded"]
 
 
 def test_ddp_keeps_the_factors_of_all_processes_equal_from_the_start(ddp):

@@ -9,6 +9,7 @@ from randlora_torch import get_peft_model, load_adapter
 from tests.torch.conftest import MODELS, TOKENS, X, assert_same, bert, config, output, randomize
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.usefixtures("factored")  # PEFT's order of products, bit for bit
 
 CASES = {  # kind of model, fields of the config
     "all biases": ("MLP", {"bias": "all"}),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -24,7 +25,8 @@ from transformers import (
 
 import interop
 from interop import RandLoraConfig
-from randlora_torch import extract, get_peft_model, load_adapter
+from randlora_torch import FoldOnceCallback, extract, get_peft_model, load_adapter
+from randlora_torch.step import StepWeight
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -360,9 +362,41 @@ def gradients(model, folder, checkpointing=None):
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.parametrize(
+    ("host", "kind", "clip"),
+    [("Trainer", "plain", 0.0), ("Trainer", "plain", 1e-3), ("SFTTrainer", "plain", 1.0), ("SFTTrainer", "nf4", 1.0)],
+)
+def test_the_callback_folds_once_per_step_and_trains_as_without_it(host, kind, clip, folder, tmp_path, monkeypatch):
+    made, make = [], StepWeight.__init__
+    monkeypatch.setattr(StepWeight, "__init__", lambda *args: made.append(1) or make(*args))
+    options = {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 3,
+        "max_grad_norm": clip,
+    }
+    options.update(optim="sgd", learning_rate=1e-2, save_strategy="no", bf16=False)
+    found = {}
+    for callbacks in ((FoldOnceCallback(),), ()):
+        torch.manual_seed(0)
+        model = adapted(folder, kind, init_weights=False)
+        start = factors(model)
+        trainer = trainer_for(model, folder, tmp_path / str(len(callbacks)), host, **options)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train()  # six examples: the second step of an epoch has two micro-batches instead of four
+        logged = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+        moved = torch.cat([(value - start[name]).flatten() for name, value in factors(model).items()])
+        found[len(callbacks)] = (logged, moved)
+    assert len(made) == 3 * 6
+    bound = 0.5 if kind == "nf4" else 1e-3  # 4-bit layers compute in bfloat16, folded or not
+    np.testing.assert_allclose(found[1][0], found[0][0], rtol=bound / 4)
+    assert (found[1][1] - found[0][1]).norm() < bound * found[0][1].norm()
+
+
 @every_base
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_gradient_checkpointing_gives_the_gradients_that_it_would_be_without(use_reentrant, kind, folder):
+def test_gradient_checkpointing_gives_the_gradients_that_it_would_be_without(use_reentrant, kind, folder, factored):
     def model():
         torch.manual_seed(3)
         return adapted(folder, kind, init_weights=False, randlora_dropout=0.3)

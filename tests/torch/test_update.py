@@ -34,8 +34,8 @@ def layer_in_float64(case, seed=0):
     return x.requires_grad_(), A, B, lam.requires_grad_(), gamma.requires_grad_()
 
 
-def apply(x, arguments, case):
-    return apply_delta(x, *arguments, out_features=case.shape[0], scaling=SCALING)
+def apply(x, arguments, case, plan="auto"):
+    return apply_delta(x, *arguments, out_features=case.shape[0], scaling=SCALING, plan=plan)
 
 
 def saved_for_backward(function):
@@ -80,6 +80,7 @@ def test_the_update_passes_gradcheck_twice(case):
         assert check(lambda x, *f: apply(x, (A, B, *f), case), (x, lam, gamma), fast_mode=True)
 
 
+every_plan = pytest.mark.parametrize("plan", ["factored", "folded"])
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 
 
@@ -133,10 +134,11 @@ def test_scaled_bases_are_the_written_out_product(case):
 
 
 @few_cases
-def test_x_without_gradient_leaves_those_of_the_factors_as_they_are(case):
+@every_plan
+def test_x_without_gradient_leaves_those_of_the_factors_as_they_are(case, plan):
     x, A, B, lam, gamma = layer_in_float64(case)
-    with_x = torch.autograd.grad(apply(x, (A, B, lam, gamma), case).sum(), (x, lam, gamma))[1:]
-    without = torch.autograd.grad(apply(x.detach(), (A, B, lam, gamma), case).sum(), (lam, gamma))
+    with_x = torch.autograd.grad(apply(x, (A, B, lam, gamma), case, plan).sum(), (x, lam, gamma))[1:]
+    without = torch.autograd.grad(apply(x.detach(), (A, B, lam, gamma), case, plan).sum(), (lam, gamma))
     torch.testing.assert_close(without, with_x, rtol=0, atol=0)
 
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from randlora_torch import extract, load_adapter
+from randlora_torch import extract, fold_once, load_adapter
 
 
 def load(folder, scenario):
@@ -71,6 +71,28 @@ def ddp(folder):
         "bases are synchronized": bool(storages(bases) & synchronized),
         "unused bases stayed": torch.equal(model.randlora_A["unused"], unused),
     }
+
+
+def once(folder):
+    """DDP over micro-batches that share W': gradients are exchanged at the end of the block."""
+    model, batch = load(folder, "once")
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        *early, last = batch.chunk(2)
+        with fold_once(wrapped):
+            with wrapped.no_sync():
+                for part in early:
+                    (wrapped(input_ids=part, labels=part).loss / 2).backward()
+            (wrapped(input_ids=last, labels=last).loss / 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    shard(model)
+    try:
+        with fold_once(model):
+            pass
+    except ValueError as error:
+        return {"trainable": trainable(model), "sharded": str(error)}
 
 
 def shard(model):
@@ -187,6 +209,6 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
-    for scenario in (ddp, fsdp, trainer, adalora):
+    for scenario in (ddp, once, fsdp, trainer, adalora):
         torch.save(scenario(place), place / f"{scenario.__name__}-{dist.get_rank()}.pt")
     dist.destroy_process_group()
