@@ -8,7 +8,8 @@ from interop.config import RandLoraConfig
 from randlora_jax.adalora import AdaLoraAdapter
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import layer_bases, make_bases
-from randlora_jax.gradients import apply_delta, delta_weight
+from randlora_jax.contraction import adapted_linear, apply_delta
+from randlora_jax.gradients import delta_weight
 from randlora_jax.layout_rules import LayoutRule
 from randlora_jax.layouts import Layout
 from randlora_jax.linen import lazy_params
@@ -47,6 +48,7 @@ __all__ = [
     "RandLoraParam",
     "accumulate_gradients",
     "active_adapter",
+    "adapted_linear",
     "adapter_names",
     "apply_delta",
     "attach",

@@ -14,7 +14,7 @@ from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.shapes import factor_shapes, shared_dims
 from randlora_jax.bases import layer_bases, make_bases
-from randlora_jax.gradients import apply_delta
+from randlora_jax.contraction import apply_delta
 from randlora_jax.selection import refuse_unsupported, require_randlora
 
 _STATIC = {"static": True}
