@@ -30,6 +30,7 @@ from randlora_jax.params import (
     print_trainable_parameters,
     unmerge,
 )
+from randlora_jax.rebuilding import rebuild_weights
 from randlora_jax.tracing import InferredLayouts, infer_layouts
 from randlora_jax.training import accumulate_gradients
 
@@ -72,6 +73,7 @@ __all__ = [
     "model_layouts",
     "name_layouts",
     "print_trainable_parameters",
+    "rebuild_weights",
     "set_adapter",
     "unmerge",
 ]

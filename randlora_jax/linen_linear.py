@@ -31,9 +31,10 @@ from randlora_jax.explicit import (
     multiply,
     start_factors,
 )
-from randlora_jax.kernels import Kernel, Kernels, combine_kernel, on_explicit_mesh
+from randlora_jax.kernels import Kernel, Kernels, on_explicit_mesh
 from randlora_jax.layouts import IN_OUT, Layout, module_name
 from randlora_jax.naming import Layouts, resolve_layouts
+from randlora_jax.rebuilding import adapted_kernel
 from randlora_jax.selection import Source, as_interop, on_kernels, require_randlora
 
 TRAINABLE, FROZEN = "randlora", "randlora_bases"  # names of the collections
@@ -137,7 +138,7 @@ class RandLoraLinear(nn.Module):
             y = multiply(promoted, kernel, bases.bases, factors, keep_weight=self.keep_weight, **options)
         else:
             adapted = Kernel(IN_OUT, kernel.shape)
-            y = self._product(inputs, combine_kernel(kernel, bases.bases, factors, adapted, scaling=config.scaling))
+            y = self._product(inputs, adapted_kernel(kernel, bases.bases, factors, adapted, scaling=config.scaling))
         return y if bias is None else y + bias
 
     def _product(self, inputs: Array, kernel: Array) -> Array:
