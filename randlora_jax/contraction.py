@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, Num
 
 from interop.plans import ACCELERATOR_BALANCE, CPU_BALANCE, Contraction, Plan, check_plan, choose_plan
 from interop.shapes import check_factor_shapes
-from randlora_jax.gradients import Operands, Update, fold, operand_grads, product, project
+from randlora_jax.gradients import check_kernels, fold, project
+from randlora_jax.products import Operands, Update, operand_grads, product
 from randlora_jax.scaling import compute_dtype, scale_bases
 
 
@@ -29,6 +30,7 @@ class _Static(NamedTuple):
     plan: str
     keep_weight: bool
     dtype: np.dtype | None
+    kernels: str
 
     @property
     def short_input(self) -> bool:
@@ -37,7 +39,7 @@ class _Static(NamedTuple):
 
     @property
     def update(self) -> Update:
-        return Update(self.scaling, self.dtype, transposed=self.short_input)
+        return Update(self.scaling, self.dtype, self.short_input, self.kernels)
 
     def choose(self, x: Any, weight: Any, operands: Operands, *, needs_input_grad: bool = True) -> Plan:
         """The plan of each pass, from shapes alone."""
@@ -80,12 +82,8 @@ def _last_with(axis: int, x: Array, weight: Array) -> Array:
 
 def _folded(x: Array, weight: Array | None, operands: Operands, static: _Static) -> Array:
     """W + dW in x's dtype; dW alone in that of the products, as `apply_delta` rounds nothing but its result."""
-    folded = fold(weight, operands, static.update)
-    return folded.astype(_product_dtype(operands, static) if weight is None else x.dtype)
-
-
-def _product_dtype(operands: Operands, static: _Static) -> np.dtype:
-    return static.dtype or compute_dtype(operands.lam, operands.gamma)
+    products_dtype = static.dtype or compute_dtype(operands.lam, operands.gamma)
+    return fold(weight, operands, static.update, products_dtype if weight is None else x.dtype)
 
 
 def _times_folded(axis: int, x: Array, folded: Array) -> Array:
@@ -189,6 +187,7 @@ def adapted_linear(
     plan: str = "auto",
     keep_weight: bool = False,
     dtype: DTypeLike | None = None,
+    kernels: str = "xla",
 ) -> Float[Array, "*batch outputs"]:
     """`x @ (W + dW)` for a kernel (in, out), as Flax stores it, in x's dtype; differentiable in all but the bases.
 
@@ -209,9 +208,11 @@ def adapted_linear(
             up to rounding.
         keep_weight: Keep a W + dW that forward made for backward, instead of making it again: less time, more memory.
         dtype: What the factors of the products with the bases are rounded to, see `delta_weight`.
+        kernels: What makes W + dW and its gradients where that is the plan, see `delta_weight`.
 
     Raises:
-        ValueError: the shapes do not fit each other, x or the kernel has an unfit dtype, or the plan is not known.
+        ValueError: the shapes do not fit each other, x or the kernel has an unfit dtype, the plan or the kernels are
+            not known, or kernels="pallas" is given float64.
     """
     if x.shape[-1] != kernel.shape[0]:
         raise ValueError(
@@ -219,7 +220,7 @@ def adapted_linear(
             f" {kernel.shape[0]}: pass the transposed kernel if it is (out, in)."
         )
     check_holds_update(kernel)
-    static = _Static(kernel.shape, scaling, plan, keep_weight, None if dtype is None else np.dtype(dtype))
+    static = _Static(kernel.shape, scaling, plan, keep_weight, None if dtype is None else np.dtype(dtype), kernels)
     return _checked_linear(x, kernel, Operands(bases_A, bases_B, lam, gamma), static)
 
 
@@ -241,13 +242,14 @@ def apply_delta(
     Raises:
         ValueError: the shapes do not fit each other, x is not floating point, or the plan is not known.
     """
-    static = _Static((x.shape[-1], out_features), scaling, plan, keep_weight=False, dtype=None)
+    static = _Static((x.shape[-1], out_features), scaling, plan, keep_weight=False, dtype=None, kernels="xla")
     return _checked_linear(x, None, Operands(bases_A, bases_B, lam, gamma), static)
 
 
 def _checked_linear(x: Array, weight: Array | None, operands: Operands, static: _Static) -> Array:
     check_factor_shapes(*(part.shape for part in operands))
     check_plan(static.plan)
+    check_kernels(static.kernels, operands)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}: pass floating point inputs.")
     long, short = operands.bases_B.shape[0], operands.bases_A.shape[-1]

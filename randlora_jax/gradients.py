@@ -4,69 +4,70 @@ A and B are frozen: their cotangent is a symbolic zero, so XLA never computes a 
 call the plain formulas, so that forward mode works on top of reverse mode: `jax.hessian`, `jax.jvp` of a gradient.
 """
 
-from typing import Any, NamedTuple
+import functools
+import importlib
+from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Num
 
 from interop.shapes import check_factor_shapes
-from randlora_jax.scaling import FactorGrads, compute_dtype, factor_grads, scale_bases
+from randlora_jax import products
+from randlora_jax.products import Operands, Update
+from randlora_jax.scaling import FactorGrads, compute_dtype
+
+KernelsName = Literal["xla", "pallas"]
+KERNELS: tuple[str, ...] = get_args(KernelsName)
 
 
-class Operands(NamedTuple):
-    """What the rules keep of an adapter for backward: the arguments, nothing derived from them."""
-
-    bases_A: Any
-    bases_B: Any
-    lam: Any
-    gamma: Any
-
-    def computed(self, dtype: np.dtype | None) -> "Operands":
-        """B flattened to (D, n*r), in the dtype of the products; the rest in float32 or wider."""
-        wide = compute_dtype(self.lam, self.gamma)
-        A, lam, gamma = (array.astype(wide) for array in (self.bases_A, self.lam, self.gamma))
-        return Operands(A, self.bases_B.reshape(self.bases_B.shape[0], -1).astype(dtype or wide), lam, gamma)
-
-
-class Update(NamedTuple):
-    """What `fold` and `project` are told besides arrays; see `delta_weight`."""
-
-    scaling: float
-    dtype: np.dtype | None
-    transposed: bool
-
-
-def product(x: Array, y: Array, axes: tuple[int, int]) -> Array:
-    """The sum over one axis of each operand, in the dtype of the narrower one, summed in float32 or wider."""
-    dtype, wide = min(x.dtype, y.dtype, key=lambda dtype: dtype.itemsize), compute_dtype(x, y)
-    numbers = (((axes[0],), (axes[1],)), ((), ()))
-    result = jax.lax.dot_general(x.astype(dtype), y.astype(dtype), numbers, preferred_element_type=wide)
-    # On CPU, XLA would fold a transposition of the product into it, and has no such product of bfloat16 in float32.
-    return result if dtype == wide else jax.lax.optimization_barrier(result)
-
-
-def fold(weight: Array | None, operands: Operands, update: Update) -> Array:
-    """W + dW, or dW without a weight, in float32 or wider; (D, d), or (d, D) if transposed."""
-    A, B, lam, gamma = operands.computed(update.dtype)
-    scaled_A = scale_bases(A, lam, gamma)
-    delta = update.scaling * (product(scaled_A, B, (0, 1)) if update.transposed else product(B, scaled_A, (1, 0)))
-    return delta if weight is None else weight.astype(jnp.promote_types(weight.dtype, delta.dtype)) + delta
+def fold(weight: Array | None, operands: Operands, update: Update, result: np.dtype | None = None) -> Array:
+    """`products.fold`, by the kernels of the update."""
+    if update.kernels == "xla":
+        return products.fold(weight, operands, update, result)
+    return _pallas_fold(weight, operands, update, result or np.dtype(np.float32))
 
 
 def project(operands: Operands, grad: Array, update: Update) -> FactorGrads:
-    """Gradients of lambda and gamma, in their dtypes, from the gradient of what `fold` gives."""
-    grad_scaled_A = product(operands.computed(update.dtype).bases_B, grad, (0, 1 if update.transposed else 0))
-    return operand_grads(operands, update.scaling * grad_scaled_A)
+    """`products.project`, by the kernels of the update."""
+    return (products.project if update.kernels == "xla" else _pallas_project)(operands, grad, update)
 
 
-def operand_grads(operands: Operands, grad_scaled_A: Array) -> FactorGrads:
-    """Gradients of lambda and gamma, in their dtypes, from that of the scaled A."""
-    A, _, lam, gamma = operands.computed(None)
-    grads = factor_grads(A, lam, gamma, grad_scaled_A)
+def _pallas_kernels() -> Any:
+    """The kernels' module: importing Pallas takes half a second, which others need not wait."""
+    return importlib.import_module("randlora_jax.pallas_kernels")
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _pallas_fold(weight: Array | None, operands: Operands, update: Update, result: np.dtype) -> Array:
+    return _pallas_kernels().fold(weight, operands, update, result)
+
+
+@_pallas_fold.defjvp
+def _pallas_fold_jvp(update: Update, result: np.dtype, primals: Any, tangents: Any) -> tuple[Array, Any]:
+    formula = functools.partial(products.fold, update=update, result=result)
+    return _pallas_fold(*primals, update, result), jax.jvp(formula, primals, tangents)[1]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _pallas_project(operands: Operands, grad: Array, update: Update) -> FactorGrads:
+    grads = _pallas_kernels().project(operands, grad, update)
     return FactorGrads(grads.lam.astype(operands.lam.dtype), grads.gamma.astype(operands.gamma.dtype))
+
+
+@_pallas_project.defjvp
+def _pallas_project_jvp(update: Update, primals: Any, tangents: Any) -> tuple[FactorGrads, Any]:
+    formula = functools.partial(products.project, update=update)
+    return _pallas_project(*primals, update), jax.jvp(formula, primals, tangents)[1]
+
+
+def check_kernels(kernels: str, operands: Operands) -> None:
+    """Raise a ValueError if these are no kernels, or cannot compute with these operands."""
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels={kernels!r} is not known: choose one of {list(KERNELS)}.")
+    if kernels == "pallas" and compute_dtype(operands.lam, operands.gamma) != np.float32:
+        raise ValueError("kernels='pallas' computes in float32, but lambda or gamma is float64: use kernels='xla'.")
 
 
 def _delta_weight_fwd(operands: Operands, update: Update) -> tuple[Array, Operands]:
@@ -90,6 +91,7 @@ def delta_weight(
     scaling: float,
     dtype: DTypeLike | None = None,
     transposed: bool = False,
+    kernels: str = "xla",
 ) -> Float[Array, "rows columns"]:
     """Dense update `scaling * B (lam * A * gamma)`, long side first, in PEFT's pairing of flat indices.
 
@@ -105,10 +107,13 @@ def delta_weight(
         dtype: What the factors of the large product are rounded to; it is summed in float32 or wider all the same.
             None: what jax rounds float32 operands to (`jax.default_matmul_precision`), nothing on CPU.
         transposed: Give (d, D) instead, straight from the product.
+        kernels: "pallas" never writes the scaled A to memory, forward or backward (`pallas_kernels`), but no GPU or TPU
+            has run it yet. "xla", the default, is a scaling and a matrix product.
 
     Raises:
-        ValueError: the shapes do not fit each other.
+        ValueError: the shapes do not fit each other, or the kernels are not known or cannot take float64.
     """
-    check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
-    update = Update(scaling, None if dtype is None else np.dtype(dtype), transposed)
-    return _delta_weight(Operands(bases_A, bases_B, lam, gamma), update)
+    operands = Operands(bases_A, bases_B, lam, gamma)
+    check_factor_shapes(*(part.shape for part in operands))
+    check_kernels(kernels, operands)
+    return _delta_weight(operands, Update(scaling, None if dtype is None else np.dtype(dtype), transposed, kernels))
