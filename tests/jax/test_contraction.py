@@ -10,7 +10,7 @@ import oracle
 import pytest
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
-from stacks import CASES, DTYPES, SCALING, Case, draw_layer, every_case, formula, without_type_checks
+from stacks import CASES, DTYPES, SCALING, Case, draw_layer, every_case, few_cases, formula, without_type_checks
 from tolerances import TOLERANCE
 
 from interop import Bases
@@ -96,7 +96,7 @@ def test_in_float64_either_plan_is_exact(case, plan):
 
 @both_sides
 @each_plan
-@pytest.mark.parametrize(("x", "kernel"), [("bfloat16", "bfloat16"), ("float16", "float16"), ("bfloat16", "float32")])
+@pytest.mark.parametrize(("x", "kernel"), [("bfloat16", "bfloat16"), ("float16", "float32")])
 def test_in_half_precision_the_result_has_the_dtype_of_x_and_gradients_those_of_their_arguments(case, plan, x, kernel):
     drawn = Drawn(case, 2, x=x, kernel=kernel, rows=(4,))
     y, grads = drawn.computed(plan=plan)
@@ -133,7 +133,7 @@ def test_a_dtype_rounds_the_factors_of_the_products_with_the_bases_alone(plan):
     np.testing.assert_allclose(rounded[1][1], drawn.wanted()[1][1], **TOLERANCE["float32", "gradient"])
 
 
-@every_case
+@few_cases
 @each_plan
 def test_apply_delta_is_the_same_by_either_plan(case, plan):
     drawn = Drawn(case, 6)
@@ -238,7 +238,7 @@ def test_scan_over_layers_has_the_gradients_of_the_formula(plan, remat):
 
 def kept(forward, *differentiated):
     """Shapes and dtypes that backward keeps."""
-    _, backward = jax.vjp(forward, *differentiated)
+    backward = jax.eval_shape(lambda *arguments: jax.vjp(forward, *arguments)[1], *differentiated)
     shapes = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(backward))
     assert shapes, "the residuals are not visible: this test sees nothing"
     return shapes
@@ -268,7 +268,12 @@ def test_backward_keeps_the_adapted_kernel_if_asked_to_and_has_the_same_gradient
 
     more = kept(functools.partial(forward, True), x, lam, gamma)
     assert more == described(*arguments, kernel)
-    grads = [jax.grad(lambda *t: forward(k, *t).sum(), argnums=(0, 1, 2))(x, lam, gamma) for k in (False, True)]  # noqa: B023
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(keep, *arguments):
+        return jax.grad(lambda *arguments: forward(keep, *arguments).sum(), argnums=(0, 1, 2))(*arguments)
+
+    grads = [gradients(keep, x, lam, gamma) for keep in (False, True)]
     chex.assert_trees_all_equal(*grads)
 
 
@@ -327,7 +332,7 @@ def test_auto_folds_for_many_rows_and_not_for_few_and_each_pass_by_itself():
     few, many = (gradient_products("auto", rows, argnums) for rows in (1, 10_000))
     assert few == gradient_products("factored", 1, argnums)
     assert many == gradient_products("folded", 10_000, argnums)
-    between = [gradient_products("auto", rows, argnums, Case((32, 32), 4)) for rows in range(8, 200, 8)]
+    between = [gradient_products("auto", rows, argnums, Case((32, 32), 4)) for rows in range(16, 200, 32)]
     assert len({len(products) for products in between}) >= 2
 
 
