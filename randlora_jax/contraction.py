@@ -51,6 +51,7 @@ class _Static(NamedTuple):
             needs_input_grad=needs_input_grad,
             keeps_weight=self.keep_weight,
         )
+        # Of the default device, not of the one that it will run on: the wrong choice costs time only.
         balance = CPU_BALANCE if jax.default_backend() == "cpu" else ACCELERATOR_BALANCE
         return choose_plan(self.plan, layer, itemsize=x.dtype.itemsize, balance=balance)
 
@@ -94,6 +95,11 @@ def _rows(x: Array, dtype: np.dtype) -> Array:
     return x.reshape(-1, x.shape[-1]).astype(dtype)
 
 
+def _weight_grad(x: Array, grad: Array) -> Array:
+    """`x^T dy`, (in, out), summed in float32 or wider."""
+    return product(_rows(x, x.dtype), _rows(grad, grad.dtype), (0, 0))
+
+
 def _factored(x: Array, weight: Array | None, operands: Operands, static: _Static) -> Array:
     """`x W + (x U) B`, the branch beside the layer's own product."""
     A, B, lam, gamma = operands.computed(static.dtype)
@@ -131,14 +137,15 @@ def _is_primal(leaf: Any) -> bool:
 
 
 def _bwd(static: _Static, kept: _Residuals, grad: Array) -> tuple[Array | None, Array | None, Operands]:
-    operands, grad = jax.lax.optimization_barrier((kept.operands, grad))
-    kept = kept._replace(operands=operands)
+    # Not the bases, which all layers share: what is made of them alone may be made once.
+    lam, gamma, grad = jax.lax.optimization_barrier((kept.operands.lam, kept.operands.gamma, grad))
+    kept = kept._replace(operands=kept.operands._replace(lam=lam, gamma=gamma))
     return (_folded_grads if kept.backward.folds else _factored_grads)(static, kept, grad)
 
 
 def _folded_grads(static: _Static, kept: _Residuals, grad: Array) -> tuple[Array | None, Array | None, Operands]:
     x, weight, operands, folded, needs = kept
-    grad_weight = product(_rows(x, x.dtype), _rows(grad, grad.dtype), (0, 0))  # (in, out)
+    grad_weight = _weight_grad(x, grad)
     grads = Operands(None, None, *project(operands, grad_weight, static.update))
     grad_x = None
     if needs.needs_input:
@@ -152,22 +159,20 @@ def _factored_grads(static: _Static, kept: _Residuals, grad: Array) -> tuple[Arr
     scaled_A = scale_bases(A, lam, gamma)
     rows_x, rows_g = _rows(x, B.dtype), _rows(grad, B.dtype)
     if static.short_input:  # y = (x U^T) B^T
-        hidden = product(rows_g, B, (1, 0))  # (T, n*r)
+        hidden, back = product(rows_g, B, (1, 0)), (scaled_A, (1, 0))  # hidden: (T, n*r)
         grad_scaled_A = product(hidden, rows_x, (0, 0))
     else:  # y = (x B) U
-        hidden = product(rows_g, scaled_A, (1, 1))  # (T, n*r)
+        hidden, back = product(rows_g, scaled_A, (1, 1)), (B, (1, 1))
         grad_scaled_A = product(product(rows_x, B, (1, 0)), rows_g, (0, 0))
     grads = Operands(None, None, *operand_grads(operands, static.scaling * grad_scaled_A))
     grad_x = grad_weight = None
     if needs.needs_input:
-        grad_x = static.scaling * (
-            product(hidden, scaled_A, (1, 0)) if static.short_input else product(hidden, B, (1, 1))
-        )
+        grad_x = static.scaling * product(hidden, *back)
         if weight is not None:
             grad_x = grad_x + _last_with(1, _rows(grad, x.dtype), weight.astype(x.dtype))
         grad_x = grad_x.reshape(x.shape).astype(x.dtype)
     if needs.needs_weight:
-        grad_weight = product(_rows(x, x.dtype), _rows(grad, grad.dtype), (0, 0)).astype(weight.dtype)
+        grad_weight = _weight_grad(x, grad).astype(weight.dtype)
     return grad_x, grad_weight, grads
 
 

@@ -244,6 +244,9 @@ def kept(forward, *differentiated):
     return shapes
 
 
+BIG = Case((48, 32), 4)  # a kernel (32, 48), B (48, 8 * 4)
+
+
 def described(*arrays):
     return sorted((array.shape, array.dtype.name) for array in arrays)
 
@@ -277,6 +280,20 @@ def test_backward_keeps_the_adapted_kernel_if_asked_to_and_has_the_same_gradient
     chex.assert_trees_all_equal(*grads)
 
 
+def test_the_compiler_does_not_keep_what_backward_makes_again():
+    x, kernel, A, B, lam, gamma = Drawn(BIG, rows=(64,)).arguments
+
+    def compiled_products(keep):
+        def loss(x, lam, gamma, kernel, A, B):
+            options = {"plan": "folded", "keep_weight": keep}
+            return (adapted_linear(x, kernel, A, B, lam, gamma, scaling=SCALING, **options) ** 2).sum()
+
+        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+        return step.lower(x, lam, gamma, kernel, A, B).compile().as_text().count(" dot(")
+
+    assert compiled_products(keep=False) == compiled_products(keep=True) + 1
+
+
 def test_a_model_of_many_layers_saves_no_kernel_sized_residual(capsys):
     x, kernel, A, B, lam, gamma = Drawn(Case((40, 24), 4), rows=(5,)).arguments
 
@@ -295,17 +312,15 @@ def shapes_of_products(function, *arguments):
     return [e.outvars[0].aval.shape for e in equations(program) if e.primitive.name == "dot_general"]
 
 
-BIG = Case((48, 32), 4)  # a kernel (32, 48), B (48, 8 * 4)
-
-
-def gradient_products(plan, rows, argnums, case=BIG):
+def gradient_products(plan, rows, argnums, case=BIG, **options):
     x, kernel, A, B, lam, gamma = Drawn(case, rows=(rows,)).arguments
 
     def loss(x, kernel, A, B, lam, gamma):
-        return adapted_linear(x, kernel, A, B, lam, gamma, scaling=SCALING, plan=plan).sum()
+        return adapted_linear(x, kernel, A, B, lam, gamma, scaling=SCALING, plan=plan, **options).sum()
 
     shapes = shapes_of_products(jax.grad(loss, argnums=argnums), x, kernel, A, B, lam, gamma)
-    return [shape for shape in shapes if shape not in ((8, 4), (8, 32))]  # the small sums for lambda and gamma
+    (r, n), d = lam.shape, gamma.shape[1]
+    return [shape for shape in shapes if shape not in ((n, r), (n, d))]  # the small sums for lambda and gamma
 
 
 X, KERNEL, FACTORS = 0, 1, (4, 5)
@@ -334,6 +349,13 @@ def test_auto_folds_for_many_rows_and_not_for_few_and_each_pass_by_itself():
     assert many == gradient_products("folded", 10_000, argnums)
     between = [gradient_products("auto", rows, argnums, Case((32, 32), 4)) for rows in range(16, 200, 32)]
     assert len({len(products) for products in between}) >= 2
+
+
+def test_a_kept_kernel_makes_auto_fold_backward_for_fewer_rows():
+    given = (300, (X, *FACTORS), Case((512, 256), 4))
+    rebuilt, kept = (gradient_products("auto", *given, keep_weight=keep) for keep in (False, True))
+    assert rebuilt == [(256, 512), (300, 512), *gradient_products("factored", *given)[3:]]
+    assert kept == [(256, 512), (300, 512), (256, 512), (256, 256), (300, 256)]  # W', y, dW', dU, dx
 
 
 def test_no_array_is_captured_in_the_program():
