@@ -6,7 +6,7 @@ call the plain formulas, so that forward mode works on top of reverse mode: `jax
 
 import functools
 import importlib
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,8 +18,7 @@ from randlora_jax import products
 from randlora_jax.products import Operands, Update
 from randlora_jax.scaling import FactorGrads, compute_dtype
 
-KernelsName = Literal["xla", "pallas"]
-KERNELS: tuple[str, ...] = get_args(KernelsName)
+KERNELS = ("xla", "pallas")
 
 
 def fold(weight: Array | None, operands: Operands, update: Update, result: np.dtype | None = None) -> Array:

@@ -114,7 +114,7 @@ class RandLoraLinear(nnx.Linear):
             ValueError: dropout is active, but neither the layer nor the call has an rng for it.
         """
         part = self._active()
-        if part is None or not part.has_bases:
+        if part is None:
             return super().__call__(inputs, out_sharding)
         weight, config = dequantize(self.kernel.base.get_value()), part.static.config
         deterministic = self.dropout.deterministic if deterministic is None else deterministic

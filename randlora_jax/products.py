@@ -20,9 +20,13 @@ class Operands(NamedTuple):
 
     def computed(self, dtype: np.dtype | None) -> "Operands":
         """B flattened to (D, n*r), in the dtype of the products; the rest in float32 or wider."""
+        A, lam, gamma = self.widened()
+        return Operands(A, self.bases_B.reshape(self.bases_B.shape[0], -1).astype(dtype or lam.dtype), lam, gamma)
+
+    def widened(self) -> tuple[Array, Array, Array]:
+        """A, lambda and gamma in float32 or wider."""
         wide = compute_dtype(self.lam, self.gamma)
-        A, lam, gamma = (array.astype(wide) for array in (self.bases_A, self.lam, self.gamma))
-        return Operands(A, self.bases_B.reshape(self.bases_B.shape[0], -1).astype(dtype or wide), lam, gamma)
+        return self.bases_A.astype(wide), self.lam.astype(wide), self.gamma.astype(wide)
 
 
 class Update(NamedTuple):
@@ -60,6 +64,5 @@ def project(operands: Operands, grad: Array, update: Update) -> FactorGrads:
 
 def operand_grads(operands: Operands, grad_scaled_A: Array) -> FactorGrads:
     """Gradients of lambda and gamma, in their dtypes, from that of the scaled A."""
-    A, _, lam, gamma = operands.computed(None)
-    grads = factor_grads(A, lam, gamma, grad_scaled_A)
+    grads = factor_grads(*operands.widened(), grad_scaled_A)
     return FactorGrads(grads.lam.astype(operands.lam.dtype), grads.gamma.astype(operands.gamma.dtype))

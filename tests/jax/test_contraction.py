@@ -442,7 +442,7 @@ def test_on_a_mesh_with_explicit_axes_a_layer_computes_the_same(plan):
     want = layer(x)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        got = layer(jax.device_put(x, jax.NamedSharding(mesh, jax.P("data"))))
+        got = layer(jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.P("data"))))
     assert got.sharding.spec == jax.P("data", None)
     np.testing.assert_allclose(got, want, **TOLERANCE["float32", "forward"])
 
