@@ -103,8 +103,8 @@ def _sum(*parts: Work) -> Work:
 def choose_plan(plan: str, layer: Contraction, *, itemsize: int, balance: float) -> Plan:
     """What `plan` means for a layer and its input.
 
-    "auto" takes for each pass what costs less, in `products + balance * itemsize * elements`. Results are the same up to
-    rounding whatever is chosen.
+    "auto" takes for each pass what costs less, in `products + balance * itemsize * elements`. Results are the same up
+    to rounding whatever is chosen.
 
     Args:
         plan: One of `PLANS`.

@@ -8,7 +8,8 @@ from interop.config import RandLoraConfig
 from randlora_jax.adalora import AdaLoraAdapter
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import layer_bases, make_bases
-from randlora_jax.gradients import apply_delta, delta_weight
+from randlora_jax.contraction import adapted_linear, apply_delta
+from randlora_jax.gradients import delta_weight
 from randlora_jax.layout_rules import LayoutRule
 from randlora_jax.layouts import Layout
 from randlora_jax.linen import lazy_params
@@ -29,6 +30,7 @@ from randlora_jax.params import (
     print_trainable_parameters,
     unmerge,
 )
+from randlora_jax.rebuilding import rebuild_weights
 from randlora_jax.tracing import InferredLayouts, infer_layouts
 from randlora_jax.training import accumulate_gradients
 
@@ -47,6 +49,7 @@ __all__ = [
     "RandLoraParam",
     "accumulate_gradients",
     "active_adapter",
+    "adapted_linear",
     "adapter_names",
     "apply_delta",
     "attach",
@@ -70,6 +73,7 @@ __all__ = [
     "model_layouts",
     "name_layouts",
     "print_trainable_parameters",
+    "rebuild_weights",
     "set_adapter",
     "unmerge",
 ]

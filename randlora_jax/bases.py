@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from interop.bases import DEFAULT_RECIPE, Bases
 from interop.bases import make_bases as make_numpy_bases
@@ -30,7 +30,7 @@ class LayerBases(NamedTuple):
     """The part of the shared bases that one layer uses."""
 
     A: Float[Array, "r d"]
-    B: Float[Array, "D n r"]
+    B: Num[Array, "D n r"]
 
 
 def make_bases(config: RandLoraConfig, *, max_dim: int, min_dim: int, recipe: str = DEFAULT_RECIPE) -> Bases:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from interop.adapter import Factors, gamma_start
@@ -14,7 +13,8 @@ from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.shapes import factor_shapes, shared_dims
 from randlora_jax.bases import layer_bases, make_bases
-from randlora_jax.gradients import apply_delta
+from randlora_jax.contraction import adapted_linear, apply_delta
+from randlora_jax.kernels import on_explicit_mesh
 from randlora_jax.selection import refuse_unsupported, require_randlora
 
 _STATIC = {"static": True}
@@ -97,15 +97,27 @@ def add_update(
     factors: Factors,
     *,
     scaling: float,
+    plan: str = "auto",
 ) -> Float[Array, "*batch outputs"]:
-    """`y + inputs @ dW.T` without forming dW, in y's dtype and sharding."""
+    """`y + inputs @ dW.T`, in y's dtype and sharding."""
     shape = (y.shape[-1], inputs.shape[-1])
 
     def update(inputs: Array, bases: Bases, factors: Factors) -> Array:
         parts = layer_bases(bases, shape)
-        return apply_delta(inputs, *parts, *factors, out_features=shape[0], scaling=scaling).astype(y.dtype)
+        delta = apply_delta(inputs, *parts, *factors, out_features=shape[0], scaling=scaling, plan=plan)
+        return delta.astype(y.dtype)
 
-    sharding = jax.typeof(y).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:  # slices and reshapes of sharded axes are XLA's to place
-        return y + jax.sharding.auto_axes(update, out_sharding=sharding)(inputs, bases, factors)
+    if on_explicit_mesh(y):  # slices and reshapes of sharded axes are XLA's to place
+        return y + jax.sharding.auto_axes(update, out_sharding=jax.typeof(y).sharding)(inputs, bases, factors)
     return y + update(inputs, bases, factors)
+
+
+def multiply(
+    inputs: Float[Array, "*batch inputs"],
+    weight: Float[Array, "inputs outputs"],
+    bases: Bases,
+    factors: Factors,
+    **options: Any,
+) -> Float[Array, "*batch outputs"]:
+    """`inputs @ (W + dW)` by `adapted_linear`, which gets the options, from the shared bases."""
+    return adapted_linear(inputs, weight, *layer_bases(bases, weight.shape[::-1]), *factors, **options)

@@ -16,6 +16,7 @@ from interop.adapter import Factors
 from interop.bases import Bases
 from interop.errors import bulleted
 from randlora_jax.bases import layer_bases
+from randlora_jax.contraction import check_holds_update
 from randlora_jax.gradients import delta_weight
 from randlora_jax.layouts import OUT_IN, Layout, default_layout, module_name, path_parts
 from randlora_jax.naming import Layouts, resolve_layouts
@@ -188,17 +189,20 @@ def combine_kernel(
     Raises:
         ValueError: W is not of a floating point dtype of at least 16 bits.
     """
-    if not jnp.issubdtype(weight.dtype, jnp.floating) or weight.dtype.itemsize < 2:
-        raise ValueError(f"a kernel of dtype {weight.dtype} cannot hold W + dW: dequantize it to float first.")
+    check_holds_update(weight)
 
     def combined(weight: Array, bases: Bases | None, factors: AnyFactors) -> Array:
         delta = kernel_delta(bases, factors, kernel, scaling=scaling, dtype=dtype)
         return combine(weight.astype(jnp.promote_types(weight.dtype, delta.dtype)), delta).astype(weight.dtype)
 
-    sharding = jax.typeof(weight).sharding
-    if AxisType.Explicit in sharding.mesh.axis_types:  # slices and reshapes of sharded axes are XLA's to place
-        return jax.sharding.auto_axes(combined, out_sharding=sharding)(weight, bases, factors)
+    if on_explicit_mesh(weight):  # slices and reshapes of sharded axes are XLA's to place
+        return jax.sharding.auto_axes(combined, out_sharding=jax.typeof(weight).sharding)(weight, bases, factors)
     return combined(weight, bases, factors)
+
+
+def on_explicit_mesh(*arrays: Array) -> bool:
+    """Whether the program itself says how any of these arrays is sharded."""
+    return any(AxisType.Explicit in jax.typeof(array).sharding.mesh.axis_types for array in arrays)
 
 
 def align_factors(factors: AnyFactors, kernel: Kernel) -> AnyFactors:

@@ -19,11 +19,12 @@ from interop.fields import AdapterConfig
 from randlora_jax.adalora_adapter import AdaLoraAdapter
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.bases import Captured
-from randlora_jax.kernels import AnyFactors, Kernel, align_factors, combine_kernel, unalign_factors
+from randlora_jax.kernels import AnyFactors, Kernel, align_factors, unalign_factors
 from randlora_jax.layouts import module_name, path_parts
 from randlora_jax.linen_linear import TRAINABLE, RandLoraBases, RandLoraLinear, extract_adapter, insert_adapter
 from randlora_jax.params import map_kernels
 from randlora_jax.quantized import dequantize, is_quantized
+from randlora_jax.rebuilding import adapted_kernel
 from randlora_jax.selection import AnyAdapter
 
 __all__ = [
@@ -112,7 +113,7 @@ class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
             return weight
         factors, kernel = unalign_factors(self.factors, self.update.kernel, weight.shape)
         scaling, dtype = self.update.config.scaling, self.update.dtype
-        return combine_kernel(weight, _bases(self.update), factors, kernel, scaling=scaling, dtype=dtype)
+        return adapted_kernel(weight, _bases(self.update), factors, kernel, scaling=scaling, dtype=dtype)
 
     def replace_boxed(self, val: Any) -> "RandLoraBox":
         """The box with another frozen kernel."""

@@ -19,6 +19,7 @@ from interop.adapter import Factors
 from interop.bases import DEFAULT_RECIPE, Bases
 from interop.config import RandLoraConfig
 from interop.errors import bulleted
+from interop.plans import check_plan
 from randlora_jax.adapter import RandLoraAdapter
 from randlora_jax.explicit import (
     SharedBases,
@@ -27,11 +28,13 @@ from randlora_jax.explicit import (
     explicit_config,
     largest_sides,
     make_shared_bases,
+    multiply,
     start_factors,
 )
-from randlora_jax.kernels import Kernel, Kernels, combine_kernel
+from randlora_jax.kernels import Kernel, Kernels, on_explicit_mesh
 from randlora_jax.layouts import IN_OUT, Layout, module_name
 from randlora_jax.naming import Layouts, resolve_layouts
+from randlora_jax.rebuilding import adapted_kernel
 from randlora_jax.selection import Source, as_interop, on_kernels, require_randlora
 
 TRAINABLE, FROZEN = "randlora", "randlora_bases"  # names of the collections
@@ -83,6 +86,12 @@ class RandLoraLinear(nn.Module):
         kernel_init: Initializer of the kernel.
         bias_init: Initializer of the bias.
         dot_general: The product with the kernel.
+        plan: See `adapted_linear`; so is keep_weight. With a `dot_general` or `precision` of your own, or on a mesh
+            with explicit axes, W + dW is made and given to the layer's own product instead.
+        keep_weight: See plan.
+
+    Raises:
+        ValueError: the plan is not known.
     """
 
     features: int
@@ -93,6 +102,12 @@ class RandLoraLinear(nn.Module):
     kernel_init: Any = nn.initializers.lecun_normal()
     bias_init: Any = nn.initializers.zeros_init()
     dot_general: Any = jax.lax.dot_general
+    plan: str = "auto"
+    keep_weight: bool = False
+
+    def __post_init__(self) -> None:
+        check_plan(self.plan)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, inputs: Array, bases: SharedBases, deterministic: bool | None = None) -> Array:
@@ -114,16 +129,27 @@ class RandLoraLinear(nn.Module):
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
         factors = self._factors(config, shape)
         drops = self._drops(config.randlora_dropout, deterministic)
-        if not drops:
-            adapted = Kernel(IN_OUT, kernel.shape)
-            kernel = combine_kernel(kernel, bases.bases, factors, adapted, scaling=config.scaling)
-        inputs, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        last_with_first = (((inputs.ndim - 1,), (0,)), ((), ()))
-        y = self.dot_general(inputs, kernel, last_with_first, precision=self.precision)
+        promoted, _, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        options = {"scaling": config.scaling, "plan": self.plan}
         if drops:
-            dropped = nn.Dropout(config.randlora_dropout, name="dropout")(inputs, deterministic=False)
-            y = add_update(y, dropped, bases.bases, factors, scaling=config.scaling)
+            dropped = nn.Dropout(config.randlora_dropout, name="dropout")(promoted, deterministic=False)
+            y = add_update(self._product(inputs, kernel), dropped, bases.bases, factors, **options)
+        elif self._plans(inputs, kernel):
+            y = multiply(promoted, kernel, bases.bases, factors, keep_weight=self.keep_weight, **options)
+        else:
+            adapted = Kernel(IN_OUT, kernel.shape)
+            y = self._product(inputs, adapted_kernel(kernel, bases.bases, factors, adapted, scaling=config.scaling))
         return y if bias is None else y + bias
+
+    def _product(self, inputs: Array, kernel: Array) -> Array:
+        """The layer's own product."""
+        inputs, kernel = nn.dtypes.promote_dtype(inputs, kernel, dtype=self.dtype)
+        last_with_first = (((inputs.ndim - 1,), (0,)), ((), ()))
+        return self.dot_general(inputs, kernel, last_with_first, precision=self.precision)
+
+    def _plans(self, *arrays: Array) -> bool:
+        """Whether `adapted_linear` multiplies: not where the user, or the mesh, has a say in the layer's product."""
+        return self.dot_general is jax.lax.dot_general and self.precision is None and not on_explicit_mesh(*arrays)
 
     def _factors(self, config: RandLoraConfig, shape: tuple[int, int]) -> Factors:
         start = functools.cache(lambda: start_factors(config, shape, lambda: self.make_rng("params")))

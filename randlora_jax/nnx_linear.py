@@ -1,7 +1,7 @@
 """The explicit NNX layer, for models that are written with RandLoRA in mind: the one with a place for dropout.
 
 W + dW has none, as dropout belongs to the input of the adapter's branch alone. While it is active, the layer computes
-that branch beside its base, without forming dW; otherwise it is an `nnx.Linear` whose kernel an adapter is attached to.
+that branch beside its base. Otherwise it multiplies by `adapted_linear`, whose backward pass does not keep W + dW.
 """
 
 from collections.abc import Iterable
@@ -13,8 +13,9 @@ from jaxtyping import Array
 
 from interop.bases import DEFAULT_RECIPE, Bases
 from interop.config import RandLoraConfig
-from randlora_jax.explicit import add_update, check_fits, make_shared_bases, start_factors
-from randlora_jax.kernels import Kernel
+from interop.plans import check_plan
+from randlora_jax.explicit import add_update, check_fits, make_shared_bases, multiply, start_factors
+from randlora_jax.kernels import Kernel, on_explicit_mesh
 from randlora_jax.layouts import IN_OUT
 from randlora_jax.nnx_weight import LayerAdapter, RandLoraBasis, RandLoraWeight, Static, factors_at
 from randlora_jax.quantized import dequantize
@@ -57,13 +58,29 @@ class RandLoraLinear(nnx.Linear):
         out_features: Number of output features.
         bases: Made once for the model.
         rngs: As for `nnx.Linear`; with `randlora_dropout > 0` also for the stream "dropout".
+        plan: See `adapted_linear`; so is keep_weight. With a `dot_general`, `precision` or `preferred_element_type`
+            of your own, with `out_sharding`, or on a mesh with explicit axes, W + dW is made and given to the layer's
+            own product instead.
+        keep_weight: See plan.
         options: The other arguments of `nnx.Linear`: use_bias, dtype, param_dtype, precision, kernel_init, ...
 
     Raises:
-        ValueError: the bases were not made for a layer of this shape, or `rngs` has no stream for dropout.
+        ValueError: the bases were not made for a layer of this shape, `rngs` has no stream for dropout, or the plan is
+            not known.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, bases: RandLoraBases, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bases: RandLoraBases,
+        rngs: nnx.Rngs,
+        plan: str = "auto",
+        keep_weight: bool = False,
+        **options: Any,
+    ):
+        check_plan(plan)
         check_fits((out_features, in_features), bases.limits)
         super().__init__(in_features, out_features, rngs=rngs, **options)
         factors = start_factors(bases.config, (out_features, in_features), rngs.params)
@@ -73,6 +90,7 @@ class RandLoraLinear(nnx.Linear):
         weight.adapters[ADAPTER_NAME] = LayerAdapter(factors, static, shared)
         weight.activate(ADAPTER_NAME)
         self.kernel = weight
+        self.plan, self.keep_weight = plan, keep_weight
         rate = bases.config.randlora_dropout
         self.dropout = nnx.Dropout(rate, rngs=_dropout_stream(rngs, rate) if rate else None)
 
@@ -96,15 +114,29 @@ class RandLoraLinear(nnx.Linear):
             ValueError: dropout is active, but neither the layer nor the call has an rng for it.
         """
         part = self._active()
-        deterministic = self.dropout.deterministic if deterministic is None else deterministic
-        if part is None or not part.static.config.randlora_dropout or deterministic:
+        if part is None:
             return super().__call__(inputs, out_sharding)
-        weight = dequantize(self.kernel.base.get_value())
-        y = nnx.Linear.__call__(_WithKernel(self, weight), inputs, out_sharding)
+        weight, config = dequantize(self.kernel.base.get_value()), part.static.config
+        deterministic = self.dropout.deterministic if deterministic is None else deterministic
+        drops = config.randlora_dropout and not deterministic
+        if not (drops or self._plans(out_sharding, inputs, weight)):
+            return super().__call__(inputs, out_sharding)
+        bias = None if self.bias is None else self.bias[...]
+        promoted, _, bias = self.promote_dtype((inputs, weight, bias), dtype=self.dtype)
         factors, _ = factors_at(part, weight.shape)
-        promoted, _ = self.promote_dtype((inputs, weight), dtype=self.dtype)
-        dropped = self._drop(promoted, part.static.config.randlora_dropout, rngs)
-        return add_update(y, dropped, part.bases, factors, scaling=part.static.config.scaling)
+        options = {"scaling": config.scaling, "plan": self.plan}
+        if drops:
+            y = nnx.Linear.__call__(_WithKernel(self, weight), inputs, out_sharding)
+            return add_update(y, self._drop(promoted, config.randlora_dropout, rngs), part.bases, factors, **options)
+        options |= {"dtype": part.static.dtype, "keep_weight": self.keep_weight}
+        y = multiply(promoted, weight, part.bases, factors, **options)
+        return y if bias is None else y + bias
+
+    def _plans(self, out_sharding: Any, *arrays: Array) -> bool:
+        """Whether `adapted_linear` multiplies: not where the user, or the mesh, has a say in the layer's product."""
+        demands = (self.precision, self.preferred_element_type, out_sharding)
+        standard = self.dot_general is jax.lax.dot_general and all(demand is None for demand in demands)
+        return standard and not on_explicit_mesh(*arrays)
 
     def _active(self) -> LayerAdapter | None:
         """The adapter that the layer computes with; none after `detach`, or while adapters are disabled."""

@@ -15,8 +15,9 @@ from interop.contents import PARTS
 from interop.fields import AdapterConfig
 from interop.shapes import factor_shapes
 from randlora_jax.bases import Captured
-from randlora_jax.kernels import AnyFactors, Kernel, align_factors, combine_kernel, fits_weight, unalign_factors
+from randlora_jax.kernels import AnyFactors, Kernel, align_factors, fits_weight, unalign_factors
 from randlora_jax.quantized import dequantize
+from randlora_jax.rebuilding import adapted_kernel
 
 
 class RandLoraParam(nnx.LoRAParam):
@@ -132,7 +133,7 @@ def _combined(weight: jax.Array, part: LayerAdapter) -> jax.Array:
     """W + dW, for the kernel or the slice of it that a scan or vmap is working on."""
     factors, kernel = factors_at(part, weight.shape)
     static = part.static
-    return combine_kernel(weight, part.bases, factors, kernel, scaling=static.config.scaling, dtype=static.dtype)
+    return adapted_kernel(weight, part.bases, factors, kernel, scaling=static.config.scaling, dtype=static.dtype)
 
 
 class RandLoraWeight(nnx.Module):

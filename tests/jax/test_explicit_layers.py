@@ -84,6 +84,7 @@ class LinenNet(linen.Module):
 
     config: RandLoraConfig
     plain: bool = False
+    plan: str = "auto"
 
     @linen.compact
     def __call__(self, x, deterministic=None):
@@ -93,7 +94,7 @@ class LinenNet(linen.Module):
             options = {"use_bias": name != "down", "name": name, **({} if name == "mix" else {"kernel_init": UNIFORM})}
             if self.plain:
                 return linen.Dense(features, **options)(x)
-            return explicit_linen.RandLoraLinear(features, **options)(x, bases, deterministic)
+            return explicit_linen.RandLoraLinear(features, plan=self.plan, **options)(x, bases, deterministic)
 
         return layer(8, "mix", linen.relu(layer(8, "down", linen.relu(layer(12, "up", x)))))
 
@@ -265,8 +266,10 @@ def test_without_dropout_a_linen_model_computes_with_the_effective_kernels():
     variables = trained_linen(DROPOUT)
     effective = effective_params({"params": variables["params"]}, extract_adapter(variables, DROPOUT))
     want = LinenNet(DROPOUT, plain=True).apply(effective, batch())
-    np.testing.assert_array_equal(LinenNet(DROPOUT).apply(variables, batch(), True), want)
-    np.testing.assert_array_equal(LinenNet(CONFIG).apply(variables, batch()), want)
+    close = TOLERANCE["float32", "forward"]  # few rows: without forming the kernels
+    np.testing.assert_allclose(LinenNet(DROPOUT).apply(variables, batch(), True), want, **close)
+    np.testing.assert_allclose(LinenNet(CONFIG).apply(variables, batch()), want, **close)
+    np.testing.assert_array_equal(LinenNet(CONFIG, plan="folded").apply(variables, batch()), want)
     for name in SIDES:
         want = np.asarray(variables["params"][name]["kernel"]) + hub_delta(extract_adapter(variables, DROPOUT), name)
         np.testing.assert_allclose(effective["params"][name]["kernel"], want, **TOLERANCE["float32"])
@@ -489,7 +492,7 @@ def test_adapters_are_switched_off_deleted_and_merged_as_on_any_model():
     np.testing.assert_array_equal(disable_adapters(model)(x), plain(x))
     effective = enable_adapters(model).up(x, deterministic=True)
     assert np.any(np.asarray(effective != plain.up(x)))
-    np.testing.assert_array_equal(detach(model, merge=True).up(x), effective)
+    np.testing.assert_allclose(detach(model, merge=True).up(x), effective, **TOLERANCE["float32", "forward"])
     np.testing.assert_array_equal(delete_adapter(trained(DROPOUT), "default")(x), plain(x))
 
 
