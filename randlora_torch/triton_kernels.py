@@ -59,14 +59,14 @@ def fold_tiles(dtype: torch.dtype) -> tuple[Tiles, ...]:
     """What is worth trying for `folded_weight` in this dtype, the likeliest first."""
     if dtype == torch.float32:
         return Tiles(64, 64, 32), Tiles(128, 64, 16)
-    return Tiles(128, 128, 32, 8), Tiles(128, 128, 64, 8), Tiles(256, 128, 32, 8), Tiles(128, 64, 64)
+    return Tiles(128, 128, 64, 8), Tiles(256, 128, 32, 8), Tiles(128, 64, 64)
 
 
 def projection_tiles(dtype: torch.dtype) -> tuple[Tiles, ...]:
     """What is worth trying for `projected_gradient` in this dtype, the likeliest first."""
     if dtype == torch.float32:
         return Tiles(32, 64, 64), Tiles(16, 64, 128)
-    return Tiles(64, 128, 128, 8), Tiles(64, 256, 128, 8), Tiles(64, 64, 128), Tiles(64, 64, 64)
+    return Tiles(64, 128, 128, 8), Tiles(64, 64, 128), Tiles(64, 64, 64)
 
 
 def folded_weight(

@@ -5,11 +5,14 @@
 of a tensor is read as 0 and not written.
 """
 
+from typing import no_type_check  # type checkers may not wrap what Triton compiles
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
+@no_type_check
 def _weight_tile(weight, scales, code, places, rows, inside, BLOCKSIZE: tl.constexpr, KIND: tl.constexpr):
     """Numbers of W in float32: where they lie, and in which rows, is given."""
     if KIND == "4bit":
@@ -24,6 +27,7 @@ def _weight_tile(weight, scales, code, places, rows, inside, BLOCKSIZE: tl.const
 
 
 @triton.jit
+@no_type_check
 def fold(
     out, weight, scales, code, bases_A, bases_B, lam, gamma,
     scaling, long, short, n, r, stride_A, stride_B, stride_gamma,
@@ -37,11 +41,10 @@ def fold(
     that Hopper's tensor cores take from there.
     """
     tiles_short = tl.cdiv(short, SHORT)
-    i = tl.program_id(0) // tiles_short * LONG + tl.arange(0, LONG)
-    j = tl.program_id(0) % tiles_short * SHORT + tl.arange(0, SHORT)
+    first_i = tl.program_id(0).to(tl.int64) // tiles_short * LONG
+    row_B, row = bases_B + first_i * stride_B, tl.arange(0, LONG)
+    i, j = first_i + row, tl.program_id(0) % tiles_short * SHORT + tl.arange(0, SHORT)
     in_i, in_j = (i < long)[None, :], (j < short)[:, None]
-    wide_i, wide_j = i.to(tl.int64)[None, :], j.to(tl.int64)[:, None]
-    rows_B = bases_B + wide_i * stride_B
     tile = tl.zeros((SHORT, LONG), tl.float32)
     for start in range(0, n, FLAT):
         b = start + tl.arange(0, FLAT)
@@ -51,15 +54,18 @@ def fold(
             lams = scaling * tl.load(lam + k * n + b, mask=b < n, other=0.0).to(tl.float32)
             row_A = tl.load(bases_A + k * stride_A + j, mask=j < short, other=0.0).to(tl.float32)
             scaled_A = (lams[None, :] * (row_A[:, None] * gammas)).to(DTYPE)
-            columns = tl.load(rows_B + (k * n + b)[:, None], mask=in_i & (b < n)[:, None], other=0)
-            tile = tl.dot(scaled_A, columns.to(DTYPE), tile, input_precision=PRECISION)
+            places = row[None, :] * stride_B + (k * n + b)[:, None]
+            columns = tl.load(row_B + places, mask=in_i & (b < n)[:, None], other=0).to(DTYPE)
+            tile = tl.dot(scaled_A, columns, tile, input_precision=PRECISION)
+    i, j = i[None, :], j.to(tl.int64)[:, None]
     if KIND != "none":
-        places, rows = wide_i * weight_long + wide_j * weight_short, i[None, :] * rows_long + j[:, None] * rows_short
+        places, rows = i * weight_long + j * weight_short, i * rows_long + j * rows_short
         tile += _weight_tile(weight, scales, code, places, rows, in_i & in_j, BLOCKSIZE, KIND)
-    tl.store(out + wide_i * out_long + wide_j * out_short, tile.to(DTYPE), mask=in_i & in_j)
+    tl.store(out + i * out_long + j * out_short, tile.to(DTYPE), mask=in_i & in_j)
 
 
 @triton.jit
+@no_type_check
 def project(
     grad, bases_A, bases_B, lam, gamma, lam_parts, gamma_parts,
     long, short, n, r, stride_A, stride_B, stride_gamma,
@@ -71,20 +77,23 @@ def project(
 
     `G = B^T dW'` is made for KS ks and BS bs at a time, as KS*BS rows.
     """
-    row = tl.arange(0, KS * BS)
-    b = tl.program_id(0) * BS + row % BS
+    column, row = tl.arange(0, KS * BS), tl.arange(0, LONG)
+    b = tl.program_id(0) * BS + column % BS
     j = tl.program_id(1) * SHORT + tl.arange(0, SHORT)
     group = tl.program_id(2)
     in_j = (j < short)[None, :]
+    first_grad = grad + (tl.program_id(1) * SHORT).to(tl.int64) * grad_short
+    places_grad = row[:, None] * grad_long + tl.arange(0, SHORT)[None, :] * grad_short
     to_gamma = tl.zeros((BS, SHORT), tl.float32)
     for chunk in range(group * per_group, tl.minimum((group + 1) * per_group, chunks)):
-        k = chunk * KS + row // BS
+        k = chunk * KS + column // BS
         flat, inside = k * n + b, (k < r) & (b < n)
+        places_B = row[:, None] * stride_B + flat[None, :]
         G = tl.zeros((KS * BS, SHORT), tl.float32)
         for start in range(0, long, LONG):
-            i = (start + tl.arange(0, LONG)).to(tl.int64)[:, None]
-            columns = tl.load(bases_B + i * stride_B + flat[None, :], mask=(i < long) & inside[None, :], other=0)
-            grads = tl.load(grad + i * grad_long + j.to(tl.int64)[None, :] * grad_short, mask=(i < long) & in_j, other=0.0)
+            in_i, first = (start + row < long)[:, None], tl.cast(start, tl.int64)
+            columns = tl.load(bases_B + first * stride_B + places_B, mask=in_i & inside[None, :], other=0)
+            grads = tl.load(first_grad + first * grad_long + places_grad, mask=in_i & in_j, other=0.0)
             G = tl.dot(tl.trans(columns.to(DTYPE)), grads.to(DTYPE), G, input_precision=PRECISION)
         both = inside[:, None] & in_j
         G *= tl.load(bases_A + k[:, None] * stride_A + j[None, :], mask=both, other=0.0).to(tl.float32)
