@@ -55,18 +55,24 @@ def interpreted():
     interpreter.close()
 
 
-def factors_of(case, bases="float32", factors="float32", spare=2):
+def fenced(tensor):
+    """The same numbers, among others that no kernel may read."""
+    poison = torch.nan if tensor.is_floating_point() else 127
+    buffer = torch.full([size + 3 for size in tensor.shape], poison, dtype=tensor.dtype)
+    inside = buffer[tuple(slice(size) for size in tensor.shape)]
+    return inside.copy_(tensor)
+
+
+def factors_of(case, bases="float32", factors="float32"):
     """A, B, lambda and gamma as the kernels get them, bases sliced from larger ones; the oracle's in float64."""
-    drawn = {
-        name: torch.tensor(value) for name, value in draw_factors(0, shape=case.shape, r=case.r, spare=spare).items()
-    }
+    drawn = {name: torch.tensor(value) for name, value in draw_factors(0, shape=case.shape, r=case.r).items()}
     if bases == "ternary":
         drawn["B"] = drawn["B"].clamp(-1.4, 1.4).round().to(torch.int8)
     else:
         drawn["A"], drawn["B"] = drawn["A"].to(DTYPES[bases]), drawn["B"].to(DTYPES[bases])
     drawn["lam"], drawn["gamma"] = drawn["lam"].to(DTYPES[factors]), drawn["gamma"].to(DTYPES[factors])
-    n, d = drawn["gamma"].shape
-    arguments = (drawn["A"][:, 0, :d], drawn["B"][: max(case.shape), :n], drawn["lam"], drawn["gamma"])
+    B = fenced(drawn["B"].flatten(1)).unflatten(1, drawn["B"].shape[1:])  # each row in one piece
+    arguments = (fenced(drawn["A"][:, 0]), B, drawn["lam"], fenced(drawn["gamma"]))
     return arguments, {name: value.double().numpy() for name, value in drawn.items()}
 
 
@@ -76,15 +82,21 @@ def weight_of(kind, shape):
     if kind == "none":
         return None, torch.zeros(shape)
     if kind in DTYPES:
-        return weight.to(DTYPES[kind]), weight.to(DTYPES[kind])
+        return fenced(weight.to(DTYPES[kind])), weight.to(DTYPES[kind])
     functional = pytest.importorskip("bitsandbytes").functional
     if kind == "int8":
         codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
-        return Rows8bit(codes, scales), functional.int8_vectorwise_dequant(codes, scales)
+        return Rows8bit(fenced(codes), scales), functional.int8_vectorwise_dequant(codes, scales)
     row = weight.reshape(1, -1)  # as a matrix of one row, bitsandbytes dequantizes all shapes rightly on CPUs
     packed, state = functional.quantize_4bit(row, blocksize=64, quant_type=kind)
     values = functional.dequantize_4bit(packed, state).reshape(shape)
     return Packed4bit(packed, state.absmax, state.code, state.blocksize, shape), values
+
+
+def assert_near(got, want, tolerance):
+    """Within the tolerance, whose atol is in units of a typical result: terms are rounded that cancel in the sum."""
+    typical = max(1.0, np.sqrt(np.mean(np.square(want))))
+    np.testing.assert_allclose(got.double().numpy(), want, rtol=tolerance["rtol"], atol=typical * tolerance["atol"])
 
 
 def assert_folds(interpreted, case, weight="float32", bases="float32", dtype="float32", factors="float32"):
@@ -94,13 +106,13 @@ def assert_folds(interpreted, case, weight="float32", bases="float32", dtype="fl
     got = interpreted("folded_weight", stored, *arguments, **options)
     assert got.dtype == DTYPES[dtype]
     want = values.double().numpy() + oracle.delta_weight(**drawn, scaling=SCALING, shape=case.shape)
-    np.testing.assert_allclose(got.double().numpy(), want, **TOLERANCE[dtype])
+    assert_near(got, want, TOLERANCE[dtype])
 
 
 def assert_projects(interpreted, case, bases="float32", dtype="float32", factors="float32", turned=False, **patched):
     arguments, drawn = factors_of(case, bases, factors)
     sides = case.shape[::-1] if turned else case.shape
-    gradient = torch.randn(sides, generator=torch.Generator().manual_seed(2)).to(DTYPES[dtype])
+    gradient = fenced(torch.randn(sides, generator=torch.Generator().manual_seed(2)).to(DTYPES[dtype]))
     gradient = gradient.T if turned else gradient
     options = {"scaling": SCALING, "tiles": SMALL_PROJECTION, "patched": patched}
     got = interpreted("projected_gradient", gradient, *arguments, **options)
@@ -108,7 +120,7 @@ def assert_projects(interpreted, case, bases="float32", dtype="float32", factors
     wanted = oracle.gradients(**drawn, scaling=SCALING, shape=case.shape, upstream=upstream)
     for grad, want in zip(got, wanted, strict=True):
         assert grad.dtype == torch.float32
-        np.testing.assert_allclose(grad.double().numpy(), want, **TOLERANCE[dtype, "gradient"])
+        assert_near(grad, want, TOLERANCE[dtype, "gradient"])
 
 
 @every_case
@@ -209,23 +221,21 @@ def test_what_the_kernels_cannot_read_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("milliseconds", "right", "chosen"),
-    [([2.0, 1.5], True, "64 64 32 4 3"), ([2.0, 1.9, 1.95], True, "torch"), ([2.0], False, "torch")],
+    ("milliseconds", "torch_lam", "chosen"),
+    [([2.0, 1.5, 1.9], 1.0, "64 64 32 4 3"), ([2.0, 1.9, 1.95], 1.0, "torch"), X],
     ids=["faster", "too little faster", "wrong"],
 )
-def test_a_fold_is_tried_out_with_an_update_that_is_not_0(interpreted, milliseconds, right, chosen):
+def test_a_fold_is_tried_out_with_an_update_that_is_not_0(interpreted, milliseconds, torch_lam, chosen):
     case = CASES["tall"]
     (A, B, lam, gamma), _ = factors_of(case)
     weight, values = weight_of("nf4", case.shape)
     options = {"scaling": SCALING, "dtype": torch.float32, "out_features": case.shape[0]}
-    off = 0.0 if right else 0.1 * values
-    milliseconds = milliseconds + [9.0] * (1 if len(milliseconds) == 2 else 0)  # the other tiles
-    trial = {"milliseconds": milliseconds, "torch_result": off}
+    trial = {"milliseconds": milliseconds, "torch_lam": torch_lam}
     results, choices = interpreted("fold_by_choice", weight, (A, B, 0 * lam, gamma), **trial, **options)
     assert [choice.chosen for choice in choices] == [chosen]
     assert choices[0].call == ("fold", (40, 24), 6, "4bit", "float32", "float32", "cpu")
     for result in results:
-        torch.testing.assert_close(result, values + off)
+        torch.testing.assert_close(result, values)
 
 
 # Compiled for compute capability 9.0 and 8.0, Llama-3.2-3B's sizes; memory of none of it is touched.

@@ -78,8 +78,8 @@ def teach_bfloat16():
     builder.create_dot = dot
 
 
-def fold_by_choice(weight, factors, *, milliseconds, torch_result, **options):
-    """`fused.fold` with a torch way that answers with a given result, and given times; two results and the choices."""
+def fold_by_choice(weight, factors, *, milliseconds, torch_lam, **options):
+    """`fused.fold`, twice, with given times and a torch way that takes `torch_lam` times lambda; and the choices."""
     from randlora_torch import fused, kernel_choice
 
     fused._DEVICES = ("cpu",)
@@ -88,7 +88,7 @@ def fold_by_choice(weight, factors, *, milliseconds, torch_result, **options):
     triton = functools.partial(fused._kernels().folded_weight, weight, *factors[:2], **options)
 
     def torch_way(lam, gamma):
-        return triton(lam, gamma) + torch_result
+        return triton(torch_lam * lam, gamma)
 
     results = [fused.fold(weight, *factors, torch_way=torch_way, **options) for _ in range(2)]
     return results, list(chooser.made.values())
