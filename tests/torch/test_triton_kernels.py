@@ -222,7 +222,7 @@ def test_what_the_kernels_cannot_read_is_refused():
 
 @pytest.mark.parametrize(
     ("milliseconds", "torch_lam", "chosen"),
-    [([2.0, 1.5, 1.9], 1.0, "64 64 32 4 3"), ([2.0, 1.9, 1.95], 1.0, "torch"), X],
+    [([2.0, 1.5, 1.9], 1.0, "64 64 32 4 3"), ([2.0, 1.9, 1.95], 1.0, "torch"), ([2.0, 1.0, 1.0], 1.5, "torch")],
     ids=["faster", "too little faster", "wrong"],
 )
 def test_a_fold_is_tried_out_with_an_update_that_is_not_0(interpreted, milliseconds, torch_lam, chosen):
