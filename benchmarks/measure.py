@@ -30,21 +30,28 @@ def spread(seconds: list[float]) -> str:
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
 
-def write(name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...]) -> None:
+def write(
+    name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...], accelerator: str = ""
+) -> None:
     """Print a Markdown table (first row: its head) and store it under results/, with hardware and versions.
 
-    What was measured on an accelerator goes into a file of its own.
+    What was measured on an accelerator goes into a file of its own; name it if it is not jax's device.
     """
-    accelerator = _accelerator()
-    machine = f"{_cpu()}, {os.cpu_count()} cores" + f", {accelerator}" * bool(accelerator)
+    accelerator = accelerator or _accelerator()
     name += "." + re.sub(r"\W+", "-", accelerator) if accelerator else ""
+    text = table(title, rows, packages=packages, accelerator=accelerator)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def table(title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...], accelerator: str = "") -> str:
+    """What `write` writes."""
+    machine = f"{_cpu()}, {os.cpu_count()} cores" + f", {accelerator}" * bool(accelerator)
     lines = [f"# {title}", "", f"{machine}, Python {platform.python_version()}, "]
     lines[-1] += ", ".join(f"{package} {version(package)}" for package in packages) + "."
     head, *body = rows
-    lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)), ""]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    return "\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)), ""])
 
 
 def _accelerator() -> str:

@@ -14,6 +14,8 @@ from stacks import Case
 from strategies import draw_factors
 from tolerances import TOLERANCE
 
+from randlora_torch import fused, kernel_choice
+from randlora_torch.kernel_choice import Chooser, agree
 from randlora_torch.packed import Packed4bit, Rows8bit
 from tests.torch.workers.interpreter import Interpreter
 
@@ -334,3 +336,64 @@ def test_everything_compiles_for_gpus(shape, dtype, capability, monkeypatch, tmp
             compile_projection(shape, bases, dtype, capability, tiles, monkeypatch, tmp_path)
         for weight, tiles in itertools.product((dtype, "nf4", "int8"), fold_tiles(DTYPES[dtype])):
             compile_fold(shape, weight, bases, dtype, capability, tiles, monkeypatch, tmp_path)
+
+
+# On a GPU, where there is one: whether it computes the same, and what it chooses.
+
+
+def factors_on_gpu(shape, bases):
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def draw(like):
+        return torch.randn(like.shape, generator=random, device="cuda")
+
+    A, B, lam, gamma = map(draw, bases_like(shape, torch.float32))
+    if bases == "ternary":
+        return A, B.clamp(-1.4, 1.4).round().to(torch.int8), lam, gamma
+    return A, B.to(DTYPES[bases]), lam, gamma
+
+
+def update(A, B, lam, gamma, shape):
+    scaled_A = (lam[:, :, None] * A[:, None] * gamma).flatten(0, 1)
+    delta = SCALING * B.flatten(1).to(lam.dtype) @ scaled_A
+    return delta if len(delta) == shape[0] else delta.T
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("shape", [UP, DOWN, (1024, 3072), (37, 21), (1, 5)], ids=str)
+@pytest.mark.parametrize("bases", ["bfloat16", "ternary", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_gpu_computes_what_torch_does_in_float64_the_same_bits_every_time(shape, bases, dtype):
+    factors = factors_on_gpu(shape, bases)
+    A, B, lam, gamma = (part.double() if part.is_floating_point() else part for part in factors)
+    want = update(A, B, lam.requires_grad_(), gamma.requires_grad_(), shape)
+    gradient = torch.randn_like(want, dtype=torch.float32).to(DTYPES[dtype])
+    wanted = torch.autograd.grad(want, (lam, gamma), gradient.double())
+    for tiles in fold_tiles(DTYPES[dtype]):
+        got = folded_weight(None, *factors, scaling=SCALING, dtype=DTYPES[dtype], out_features=shape[0], tiles=tiles)
+        assert_near(got.cpu(), want.detach().cpu().numpy(), TOLERANCE[dtype])
+    for tiles in projection_tiles(DTYPES[dtype]):
+        got, again = (projected_gradient(gradient, *factors, scaling=SCALING, tiles=tiles) for _ in range(2))
+        for grad, same, wanted_grad in zip(got, again, wanted, strict=True):
+            assert torch.equal(grad, same)
+            assert_near(grad.cpu(), wanted_grad.cpu().numpy(), TOLERANCE[dtype, "gradient"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_chooses_by_its_own_times(monkeypatch):
+    chooser = Chooser(kernel_choice.cuda_milliseconds)
+    monkeypatch.setattr(fused, "chooser", chooser)
+    A, B, lam, gamma = factors_on_gpu(UP, "bfloat16")
+    weight = torch.randn(UP, device="cuda", dtype=torch.bfloat16)
+
+    def torch_way(lam, gamma):
+        return weight + update(A, B, lam, gamma, UP).to(torch.bfloat16)
+
+    options = {"scaling": SCALING, "dtype": torch.bfloat16, "out_features": UP[0], "torch_way": torch_way}
+    got = [fused.fold(weight, A, B, lam, gamma, **options) for _ in range(2)]
+    assert agree(got[0], torch_way(lam, gamma), 5e-2)
+    assert torch.equal(*got)
+    (choice,) = chooser.made.values()
+    assert set(choice.milliseconds) > {"torch"}, choice.reason
