@@ -1,8 +1,9 @@
 """Triton's kernel or torch's products: each machine measures for itself, as the kernels were written without a GPU.
 
 The first call of each kind is computed both ways, with random factors. Triton's way is taken from then on if its result
-agrees and it takes at most nine tenths of torch's time; otherwise torch's. Choices last as long as the process; as they
-go by time, another run may choose otherwise and differ in rounding (`set_kernels("torch")` does not).
+agrees and it takes at most nine tenths of torch's time; otherwise torch's. Choices last as long as the process. As they
+go by time, another run may choose otherwise, and so may the processes of one run: results then differ by rounding.
+Nothing is tried, and torch computes, where that must not be (`torch.use_deterministic_algorithms`, `set_kernels`).
 """
 
 import importlib.util

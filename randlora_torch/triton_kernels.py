@@ -48,7 +48,7 @@ class Launch(NamedTuple):
     tiles: Tiles
 
 
-def start(launch: Launch) -> None:
+def start_kernel(launch: Launch) -> None:
     """Run it on the device of its tensors."""
     options = {"num_warps": launch.tiles.warps, "num_stages": launch.tiles.stages}
     with torch.cuda.device_of(launch.arguments["bases_B"]):
@@ -80,7 +80,7 @@ def folded_weight(
     dtype: torch.dtype,
     out_features: int | None = None,
     tiles: Tiles | None = None,
-    start: Callable[[Launch], None] = start,
+    start: Callable[[Launch], None] = start_kernel,
 ) -> Tensor:
     """`W + scaling * dW` (out, in) in `dtype`.
 
@@ -104,7 +104,7 @@ def folded_weight(
     """
     factors = _factors(bases_A, bases_B, lam, gamma, dtype)
     long, short = factors["long"], factors["short"]
-    outputs = long if weight is None and out_features is None else out_features or weight.shape[0]
+    outputs = out_features or (long if weight is None else weight.shape[0])
     sides = slice(None) if outputs == long else slice(None, None, -1)  # (long, short) <-> (out, in)
     out = bases_B.new_empty((long, short)[sides], dtype=dtype)
     most = tiles or fold_tiles(dtype)[0]
@@ -128,7 +128,7 @@ def projected_gradient(
     scaling: float,
     dtype: torch.dtype | None = None,
     tiles: Tiles | None = None,
-    start: Callable[[Launch], None] = start,
+    start: Callable[[Launch], None] = start_kernel,
 ) -> tuple[Tensor, Tensor]:
     """Gradients (lambda, gamma) in float32 from that of the folded weight (out, in); the same bits every time.
 

@@ -1,4 +1,4 @@
-"""The programs that a GPU runs for `triton_kernels`, in Triton's language; the only module that imports Triton.
+"""The programs that a GPU runs for `triton_kernels`, in Triton's language; nothing but these two imports Triton.
 
 `long` and `short` are the sides of the layer, i and j count along them; k and b are the indices of lambda, and
 `k*n + b` is the index of its flat numbers and of B's columns. Arguments in capitals are compiled in. What lies outside
