@@ -51,21 +51,27 @@ def ratio(seconds: Mapping[str, list[float]], one: str, other: str) -> float:
     return statistics.median(ratios(seconds, one, other))
 
 
-def write(name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...]) -> None:
+def write(
+    name: str, title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...], accelerator: str = ""
+) -> None:
     """Print a Markdown table (first row: its head) and store it under results/, with hardware and versions.
 
-    What was measured on an accelerator goes into a file of its own.
+    What was measured on an accelerator goes into a file of its own; name it if it is not jax's device.
     """
-    accelerator = _accelerator()
+    accelerator = accelerator or _accelerator()
+    text = table(title, rows, packages=packages, accelerator=accelerator)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{_file_name(name, accelerator)}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def table(title: str, rows: list[tuple[str, ...]], *, packages: tuple[str, ...], accelerator: str = "") -> str:
+    """What `write` writes."""
     machine = f"{_cpu()}, {os.cpu_count()} cores" + f", {accelerator}" * bool(accelerator)
-    name = _with_accelerator(name)
     lines = [f"# {title}", "", f"{machine}, Python {platform.python_version()}, "]
     lines[-1] += ", ".join(f"{package} {version(package)}" for package in packages) + "."
     head, *body = rows
-    lines += ["", *(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)), ""]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
+    return "\n".join([*lines, "", *(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *body)), ""])
 
 
 def draw(
@@ -74,6 +80,8 @@ def draw(
     groups: Sequence[str],
     series: Mapping[str, Sequence[tuple[float, float, float]]],
     ylabel: str,
+    *,
+    accelerator: str = "",
 ) -> None:
     """Store a picture beside the table: for each group one bar per series, with the range of its rounds."""
     matplotlib.use("Agg")
@@ -89,12 +97,11 @@ def draw(
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
     RESULTS.mkdir(exist_ok=True)
-    figure.savefig(RESULTS / f"{_with_accelerator(name)}.png", dpi=110)
+    figure.savefig(RESULTS / f"{_file_name(name, accelerator or _accelerator())}.png", dpi=110)
     pyplot.close(figure)
 
 
-def _with_accelerator(name: str) -> str:
-    accelerator = _accelerator()
+def _file_name(name: str, accelerator: str) -> str:
     return name + ("." + re.sub(r"\W+", "-", accelerator) if accelerator else "")
 
 
