@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from randlora_torch.adalora import AdaLoraLayer
 from randlora_torch.gradients import product_dtype
 from randlora_torch.layer import AdapterLayer, Frozen, is_bare
+from randlora_torch.packed import Packed4bit, Rows8bit
 from randlora_torch.randlora import RandLoraLayer
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,10 @@ class Int8Weight(AdapterLayer):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight (out, in), in a new tensor."""
         return self._read_weight().to(dtype)
+
+    def packed(self) -> Rows8bit:
+        """The int8 weight and its row scales."""
+        return Rows8bit(*self._codes())
 
     def _read_weight(self) -> Tensor:
         codes, scales = self._codes()
@@ -99,6 +104,14 @@ class PackedWeight(AdapterLayer):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight (out, in), in a new tensor."""
         return dequantize_4bit(self.base_layer.weight).to(dtype)
+
+    def packed(self) -> Packed4bit:
+        """The packed weight, its scales in float32, and the numbers that its codes stand for."""
+        state, absmax = self.base_layer.weight.quant_state, self.base_layer.weight.quant_state.absmax
+        if state.nested:
+            absmax = bitsandbytes.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+        packed = self.base_layer.weight.data.view(torch.uint8)
+        return Packed4bit(packed, absmax.float(), state.code.float(), state.blocksize, tuple(state.shape))
 
     def _read_weight(self) -> Tensor:
         keep_packing(self.base_layer)

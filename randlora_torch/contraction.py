@@ -13,7 +13,9 @@ from torch.nn.functional import linear
 
 from interop.plans import ACCELERATOR_BALANCE, CPU_BALANCE, Contraction, Plan, choose_plan
 from interop.shapes import check_factor_shapes
+from randlora_torch.fused import fold, on_gpu
 from randlora_torch.gradients import Operands, add_product, no_autocast, product_dtype
+from randlora_torch.packed import Packed4bit, Rows8bit
 
 
 @runtime_checkable
@@ -22,6 +24,9 @@ class Quantized(Protocol):
 
     def dense(self, dtype: torch.dtype) -> Float[Tensor, "outputs inputs"]:
         """The weight in a new tensor, which the caller may change."""
+
+    def packed(self) -> Packed4bit | Rows8bit:
+        """The weight as Triton's kernels read it."""
 
 
 class _Call(NamedTuple):
@@ -47,8 +52,16 @@ class _Call(NamedTuple):
 
     def fold(self, weight: Tensor | None, operands: Operands) -> Tensor:
         """W' (out, in)."""
-        left, right = operands.matrices(self.scaling, self.dtype, self.tall)
-        return add_product(self.frozen(weight), left, right, in_place=self.quantized is not None)
+
+        def by_torch(lam: Tensor, gamma: Tensor) -> Tensor:
+            left, right = operands._replace(lam=lam, gamma=gamma).matrices(self.scaling, self.dtype, self.tall)
+            return add_product(self.frozen(weight), left, right, in_place=self.quantized is not None)
+
+        if not on_gpu(operands.lam):
+            return by_torch(operands.lam, operands.gamma)
+        stored = weight if self.quantized is None else self.quantized.packed()
+        options = {"out_features": operands.side(self.tall), "scaling": self.scaling, "dtype": self.dtype}
+        return fold(stored, *operands, **options, torch_way=by_torch)
 
 
 class _AdaptedLinear(torch.autograd.Function):

@@ -79,6 +79,11 @@ def project(
     return _compute(call, (grad_weight, lam, gamma), torch_way, triton_way, tiles, draw)
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether it is where the kernels run."""
+    return tensor.device.type in _DEVICES
+
+
 def _compute(
     call: Call,
     arguments: tuple[Tensor, ...],
@@ -110,7 +115,7 @@ def _kernels_for(weight: Any, *factors: Tensor, dtype: torch.dtype) -> ModuleTyp
 
 def _readable(tensor: Tensor) -> bool:
     """Whether it is plain memory of a GPU, in a dtype that kernels read, and nothing is to be differentiated by it."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.device.type in _DEVICES
+    plain = type(tensor) in (Tensor, nn.Parameter) and on_gpu(tensor)
     differentiated = torch.is_grad_enabled() and tensor.requires_grad
     return plain and not differentiated and tensor.dtype in (*_FLOATS, torch.int8, torch.uint8)
 

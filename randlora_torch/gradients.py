@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
 from interop.shapes import check_factor_shapes
+from randlora_torch.fused import project
 from randlora_torch.scaling import compute_dtype, factor_grads, scale_bases
 
 
@@ -76,7 +77,17 @@ class Operands(NamedTuple):
 
     def project(self, grad_weight: Tensor, scaling: float, tall: bool) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from that of dW (out, in)."""
-        return self.grads(self.flat_B(grad_weight.dtype).T @ (grad_weight if tall else grad_weight.T), scaling)
+
+        def by_torch(grad_weight: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+            grad_scaled_A = self.flat_B(grad_weight.dtype).T @ (grad_weight if tall else grad_weight.T)
+            return self._replace(lam=lam, gamma=gamma).grads(grad_scaled_A, scaling)
+
+        grads = project(grad_weight, *self, scaling=scaling, dtype=grad_weight.dtype, torch_way=by_torch)
+        return grads[0].to(self.lam.dtype), grads[1].to(self.gamma.dtype)
+
+    def side(self, tall: bool) -> int:
+        """Rows of dW (out, in)."""
+        return self.bases_B.shape[0] if tall else self.bases_A.shape[-1]
 
     def grads(self, grad_scaled_A: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from that of U / scaling, computed in float32 and returned in their dtypes."""
