@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from interop.bases import DEFAULT_RECIPE, Bases
@@ -19,7 +19,8 @@ class LayerBases(NamedTuple):
     """The part of the shared bases that one layer uses."""
 
     A: Float[Tensor, "r d"]
-    B: Float[Tensor, "D n r"]
+    B: Shaped[Tensor, "D n r"]  # perhaps the int8 codes of a ternary basis
+    scale: float = 1.0  # what B is to be multiplied by
 
 
 def to_torch(array: Any) -> Tensor:
@@ -43,10 +44,13 @@ def make_bases(config: RandLoraConfig, *, max_dim: int, min_dim: int, recipe: st
     return Bases(*map(to_torch, make_numpy_bases(config, max_dim=max_dim, min_dim=min_dim, recipe=recipe)))
 
 
-def layer_bases(bases: Bases, shape: tuple[int, int]) -> LayerBases:
-    """The prefix of A and B that a layer of shape (out, in) uses: d = min(shape), D = max(shape), n = ceil(d / r)."""
+def layer_bases(bases: Bases, shape: tuple[int, int], *, scale: float = 1.0) -> LayerBases:
+    """The prefix of A and B that a layer of shape (out, in) uses: d = min(shape), D = max(shape), n = ceil(d / r).
+
+    Views of what is given; `scale` is passed on.
+    """
     n = num_bases(min(shape), bases.A.shape[0])
-    return LayerBases(bases.A[:, 0, : min(shape)], bases.B[: max(shape), :n])
+    return LayerBases(bases.A[:, 0, : min(shape)], bases.B[: max(shape), :n], scale)
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
@@ -55,38 +59,58 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
     They are no buffers in torch's sense: they join no state dict, are not broadcast by DistributedDataParallel nor
     sharded by FSDP, and follow a move of the model to another device, but never a change of dtype (rounded bases are
     other bases) nor a move to the meta device (the data would be lost). Names may share a tensor.
+
+    A ternary basis is held as int8 codes and their scale. `held[name]` gives its numbers all the same, in float32 and
+    computed each time; layers use `on` and `scale`. Of the bases of a model's adapter, the part is here that its layers
+    use; `extract` gives all of them.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self._tensors: dict[str, Tensor] = dict(tensors or {})
-        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._scales: dict[str, float] = {}  # of codes
+        self._copies: dict[tuple[str, torch.device], Tensor] = {}
 
-    def on(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """The tensor on a device and in a dtype; a copy is made the first time it is asked for, and kept."""
+    def on(self, name: str, device: torch.device) -> Tensor:
+        """The tensor as it is stored, on a device; a copy is made the first time it is asked for, and kept."""
         tensor = self._tensors[name]
-        if tensor.device == device and tensor.dtype == dtype:
+        if tensor.device == device:
             return tensor
         if device.type == "meta":
-            return tensor.to(device, dtype)
-        if (name, device, dtype) not in self._copies:
-            twins = (key for key in self._copies if key[1:] == (device, dtype) and self._tensors[key[0]] is tensor)
+            return tensor.to(device)
+        if (name, device) not in self._copies:
+            twins = (key for key in self._copies if key[1] == device and self._tensors[key[0]] is tensor)
             twin = next(twins, None)
             with torch.inference_mode(False):  # a copy made while serving must also serve training
-                copy = self._copies[twin] if twin else tensor.to(device, dtype)
-            self._copies[name, device, dtype] = copy
-        return self._copies[name, device, dtype]
+                copy = self._copies[twin] if twin else tensor.to(device)
+            self._copies[name, device] = copy
+        return self._copies[name, device]
 
-    def __getitem__(self, name: str) -> Tensor:
+    def stored(self, name: str) -> Tensor:
+        """The tensor as it is stored, where it is."""
         return self._tensors[name]
 
+    def scale(self, name: str) -> float:
+        """What the stored tensor is to be multiplied by."""
+        return self._scales.get(name, 1.0)
+
+    def hold(self, name: str, tensor: Tensor, scale: float) -> None:
+        """Hold a tensor that stands for `tensor * scale`, as it is; int8 for codes."""
+        self[name] = tensor
+        if scale != 1.0:
+            self._scales[name] = scale
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        return tensor.float() * self.scale(name) if tensor.dtype == torch.int8 else tensor
+
     def __setitem__(self, name: str, tensor: Tensor) -> None:
-        self._drop_copies(name)
+        self._forget(name)
         self._tensors[name] = tensor
 
     def __delitem__(self, name: str) -> None:
         del self._tensors[name]
-        self._drop_copies(name)
+        self._forget(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -101,13 +125,15 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all distinct tensors held, copies included."""
+        """Bytes of all distinct tensors as they are stored, copies on other devices included."""
         return sum({id(tensor): tensor.nbytes for tensor in (*self._tensors.values(), *self._copies.values())}.values())
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": {}}
 
-    def _drop_copies(self, name: str) -> None:
+    def _forget(self, name: str) -> None:
+        """Drop what belongs to the tensor that a name had."""
+        self._scales.pop(name, None)
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] != name}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BufferDict":

@@ -8,7 +8,7 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.amp.autocast_mode import is_autocast_available
 
@@ -102,7 +102,7 @@ class _DeltaWeight(torch.autograd.Function):
 
 def delta_weight(
     bases_A: Float[Tensor, "r d"],
-    bases_B: Float[Tensor, "D n r"],
+    bases_B: Shaped[Tensor, "D n r"],
     lam: Float[Tensor, "r n"],
     gamma: Float[Tensor, "n d"],
     *,
@@ -165,7 +165,7 @@ class _ApplyDelta(torch.autograd.Function):
 def apply_delta(
     x: Float[Tensor, "*batch inputs"],
     bases_A: Float[Tensor, "r d"],
-    bases_B: Float[Tensor, "D n r"],
+    bases_B: Shaped[Tensor, "D n r"],
     lam: Float[Tensor, "r n"],
     gamma: Float[Tensor, "n d"],
     *,

@@ -10,7 +10,7 @@ from interop.adapter import Factors
 from interop.bases import Bases
 from interop.shapes import factor_shapes
 from randlora_torch.bases import BufferDict, LayerBases, layer_bases
-from randlora_torch.gradients import UniqueBaseGrad, apply_delta, delta_weight, product_dtype
+from randlora_torch.gradients import UniqueBaseGrad, apply_delta, delta_weight
 from randlora_torch.layer import AdapterLayer, compute_device
 from randlora_torch.weights import PlainWeight
 
@@ -80,37 +80,39 @@ class RandLoraLayer(AdapterLayer):
         """Lambda (r, n) and gamma (n, min(out, in)) of an adapter."""
         return Factors(self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name])
 
-    def _bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None = None) -> LayerBases:
-        """This layer's part of the bases; B in `dtype`, or else as it is stored."""
-        A, B = self.randlora_A[adapter_name], self.randlora_B[adapter_name]
-        A = self.randlora_A.on(adapter_name, device, A.dtype)
-        B = self.randlora_B.on(adapter_name, device, dtype or B.dtype)
-        return layer_bases(Bases(A, B), (self.out_features, self.in_features))
+    def _bases(self, adapter_name: str, device: torch.device) -> LayerBases:
+        """This layer's part of the bases on a device, as they are stored: views of what all layers share."""
+        bases = Bases(self.randlora_A.on(adapter_name, device), self.randlora_B.on(adapter_name, device))
+        shape = (self.out_features, self.in_features)
+        return layer_bases(bases, shape, scale=self.randlora_B.scale(adapter_name))
 
     def get_scaled_bases(self, adapter_name: str, device: torch.device | None = None) -> ScaledBases:
         """A with lambda and gamma applied (r*n, d), and B (D, n*r); differentiable in lambda and gamma."""
         lam, gamma = self.factors(adapter_name)
         bases = self._bases(adapter_name, lam.device)
         scaled_A = UniqueBaseGrad.apply(bases.A[:, None].to(lam.dtype), lam, gamma)  # (r, n, d)
-        scaled = ScaledBases(scaled_A.flatten(end_dim=1), bases.B.to(lam.dtype).flatten(start_dim=1))
+        B = bases.B.to(lam.dtype) * bases.scale
+        scaled = ScaledBases(scaled_A.flatten(end_dim=1), B.flatten(start_dim=1))
         return scaled if device is None else ScaledBases(*(part.to(device) for part in scaled))
 
     def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "outputs inputs"]:
         """The update of an adapter in the (out, in) orientation of nn.Linear, in float32 or wider."""
         factors = self.factors(adapter_name)
-        bases = self._bases(adapter_name, factors.lam.device)
-        delta = delta_weight(*bases, *factors, scaling=self.scaling[adapter_name])  # (long, short)
+        A, B, scale = self._bases(adapter_name, factors.lam.device)
+        delta = delta_weight(A, B, *factors, scaling=self.scaling[adapter_name] * scale)  # (long, short)
         return delta if self.out_features >= self.in_features else delta.T
 
     def _update(self, adapter_name: str, x: Tensor) -> Tensor:
         lam, gamma = self.factors(adapter_name)
+        A, B, scale = self._bases(adapter_name, x.device)
         return apply_delta(
             self._dropped(adapter_name, x),
-            *self._bases(adapter_name, x.device, product_dtype(x)),
+            A,
+            B,
             lam.to(x.device),
             gamma.to(x.device),
             out_features=self.out_features,
-            scaling=self.scaling[adapter_name],
+            scaling=self.scaling[adapter_name] * scale,
         )
 
 
