@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from interop.shapes import check_factor_shapes
 from randlora_jax.scaling import compute_dtype, factor_grads, scale_bases
@@ -73,7 +73,7 @@ _delta_weight.defvjp(_delta_weight_fwd, _delta_weight_bwd)
 
 def delta_weight(
     bases_A: Float[Array, "r d"],
-    bases_B: Float[Array, "D n r"],
+    bases_B: Shaped[Array, "D n r"],
     lam: Float[Array, "r n"],
     gamma: Float[Array, "n d"],
     *,
@@ -147,7 +147,7 @@ _apply_delta.defvjp(_apply_delta_fwd, _apply_delta_bwd)
 def apply_delta(
     x: Float[Array, "*batch inputs"],
     bases_A: Float[Array, "r d"],
-    bases_B: Float[Array, "D n r"],
+    bases_B: Shaped[Array, "D n r"],
     lam: Float[Array, "r n"],
     gamma: Float[Array, "n d"],
     *,
