@@ -17,7 +17,7 @@ from interop.shapes import num_bases
 from interop.storage import Origin, Stored, Used, restore, store
 
 
-class HeldBasis(struct.PyTreeNode):
+class HeldBasis(struct.PyTreeNode, eq=False):
     """B where it is held in another way than in files: in a narrower dtype, or without what no layer uses.
 
     A pytree of one array. `np.asarray` and `astype` give its numbers, those that are held.
@@ -29,7 +29,7 @@ class HeldBasis(struct.PyTreeNode):
         origin: What all of the bases are drawn from; None if all are held (static).
     """
 
-    values: Array
+    values: Any  # an array, or what stands for one: a sharding, a ShapeDtypeStruct
     scale: float = struct.field(pytree_node=False)
     dtype: np.dtype = struct.field(pytree_node=False)
     origin: Origin | None = struct.field(pytree_node=False)
