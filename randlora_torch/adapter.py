@@ -78,8 +78,8 @@ class RandLoraAdapter(_TorchAdapter):
             ValueError: the shape is unknown or does not fit.
         """
         shape = resolve_shape(self, module, shape)
-        A, B, _ = layer_bases(self.bases, shape)
-        delta = delta_weight(A, B, *self.factors[module], scaling=self.config.scaling)  # (long, short)
+        bases = layer_bases(self.bases, shape)
+        delta = delta_weight(*bases, *self.factors[module], scaling=self.config.scaling)  # (long, short)
         return delta if shape[0] >= shape[1] else delta.T
 
     @classmethod

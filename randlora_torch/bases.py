@@ -15,8 +15,15 @@ from interop.config import RandLoraConfig
 from interop.shapes import num_bases
 
 
+class Prefix(NamedTuple):
+    """The part of a pair of bases that one layer uses."""
+
+    A: Float[Tensor, "r d"]
+    B: Shaped[Tensor, "D n r"]
+
+
 class LayerBases(NamedTuple):
-    """The part of the shared bases that one layer uses."""
+    """The part of the bases that one layer uses, as they are stored."""
 
     A: Float[Tensor, "r d"]
     B: Shaped[Tensor, "D n r"]  # perhaps the int8 codes of a ternary basis
@@ -44,13 +51,10 @@ def make_bases(config: RandLoraConfig, *, max_dim: int, min_dim: int, recipe: st
     return Bases(*map(to_torch, make_numpy_bases(config, max_dim=max_dim, min_dim=min_dim, recipe=recipe)))
 
 
-def layer_bases(bases: Bases, shape: tuple[int, int], *, scale: float = 1.0) -> LayerBases:
-    """The prefix of A and B that a layer of shape (out, in) uses: d = min(shape), D = max(shape), n = ceil(d / r).
-
-    Views of what is given; `scale` is passed on.
-    """
+def layer_bases(bases: Bases, shape: tuple[int, int]) -> Prefix:
+    """The prefix of A and B that a layer of shape (out, in) uses: d = min(shape), D = max(shape), n = ceil(d / r)."""
     n = num_bases(min(shape), bases.A.shape[0])
-    return LayerBases(bases.A[:, 0, : min(shape)], bases.B[: max(shape), :n], scale)
+    return Prefix(bases.A[:, 0, : min(shape)], bases.B[: max(shape), :n])
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):

@@ -125,7 +125,7 @@ class _Hosted:
 
     def _bases(self, adapter_name: str, device: torch.device) -> LayerBases:
         bases = Bases(*(_on(held, adapter_name, device) for held in (self.randlora_A, self.randlora_B)))
-        return layer_bases(bases, (self.out_features, self.in_features))
+        return LayerBases(*layer_bases(bases, (self.out_features, self.in_features)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:

@@ -83,8 +83,8 @@ class RandLoraLayer(AdapterLayer):
     def _bases(self, adapter_name: str, device: torch.device) -> LayerBases:
         """This layer's part of the bases on a device, as they are stored: views of what all layers share."""
         bases = Bases(self.randlora_A.on(adapter_name, device), self.randlora_B.on(adapter_name, device))
-        shape = (self.out_features, self.in_features)
-        return layer_bases(bases, shape, scale=self.randlora_B.scale(adapter_name))
+        prefix = layer_bases(bases, (self.out_features, self.in_features))
+        return LayerBases(*prefix, self.randlora_B.scale(adapter_name))
 
     def get_scaled_bases(self, adapter_name: str, device: torch.device | None = None) -> ScaledBases:
         """A with lambda and gamma applied (r*n, d), and B (D, n*r); differentiable in lambda and gamma."""
