@@ -37,6 +37,7 @@ class HeldBasis(struct.PyTreeNode, eq=False):
     shape = property(lambda self: self.values.shape)
     ndim = property(lambda self: self.values.ndim)
     size = property(lambda self: self.values.size)
+    sharding = property(lambda self: self.values.sharding)
 
     @property
     def nbytes(self) -> int:
