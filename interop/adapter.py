@@ -11,12 +11,12 @@ import numpy as np
 
 from interop import adalora
 from interop.adalora import AdaLoraConfig, SVDFactors
-from interop.bases import BFLOAT16, DEFAULT_RECIPE, FLOAT16, Bases, make_bases
+from interop.bases import BFLOAT16, DEFAULT_RECIPE, FLOAT16, Bases, cut_bases, make_bases
 from interop.config import RandLoraConfig
 from interop.delta import Factors, product_blocks
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
-from interop.shapes import MAX_SIDE, bases_shapes, factor_shapes, num_bases, shared_dims
+from interop.shapes import MAX_SIDE, Dims, bases_shapes, factor_shapes, num_bases, shared_dims
 
 FLOAT_DTYPES = (np.dtype(np.float32), BFLOAT16, FLOAT16)  # what factors and bases may be stored in
 
@@ -125,8 +125,7 @@ class Adapter:
         if isinstance(config, AdaLoraConfig):
             config = config.with_kept({module: config.kept(module)})
         elif bases is not None:
-            n, min_dim = factors[module].gamma.shape
-            bases = Bases(bases.A[:, :, :min_dim], bases.B[: max(shape), :n])
+            bases = cut_bases(bases, Dims(max(shape), min(shape)))
         return Adapter(config=config, factors=factors, bases=bases, recipe=None, shapes={module: shape})
 
     def bind(self, shapes: Mapping[str, tuple[int, int]]) -> "Adapter":

@@ -97,7 +97,7 @@ def bases_digest(bases: Bases) -> str:
     digest = hashlib.sha256()
     for array in bases:
         digest.update(repr(tuple(array.shape)).encode())
-        for chunk in _chunks(array):
+        for chunk in chunks(array):
             digest.update(chunk.astype("<f4").tobytes())
     return digest.hexdigest()
 
@@ -113,6 +113,13 @@ def identify_recipe(config: RandLoraConfig, bases: Bases) -> str | None:
         return None
 
 
+def cut_bases(bases: Bases, dims: Dims) -> Bases:
+    """The prefix of the bases that layers of at most these sizes use, as views."""
+    r = bases.A.shape[0]
+    A, B = (tuple(map(slice, shape)) for shape in bases_shapes(dims, r))
+    return Bases(bases.A[A], bases.B[B])
+
+
 def recipe_gives_A(config: RandLoraConfig, bases: Bases, recipe: str | None) -> bool:
     """Whether the seed of `config` gives this A under the recipe; A is drawn first and small, so this is quick."""
     if recipe is None:
@@ -124,7 +131,7 @@ def recipe_gives_A(config: RandLoraConfig, bases: Bases, recipe: str | None) -> 
     else:
         drawn = _draw_uniform(stream, bases.A.size, fan=min_dim, recipe=_RECIPES[recipe]).reshape(shape)
     try:
-        return _same_values(_normalize("A", drawn, config, min_dim), bases.A)
+        return same_numbers(_normalize("A", drawn, config, min_dim), bases.A)
     except ValueError:  # this seed's own basis cannot be normalized, so it did not make this one
         return False
 
@@ -133,7 +140,7 @@ def _search_recipes(config: RandLoraConfig, bases: Bases) -> str | None:
     for recipe in _RECIPES:
         if recipe_gives_A(config, bases, recipe):  # worth the time to draw all of B
             made = make_bases(config, **bases.dims._asdict(), recipe=recipe)
-            if _same_values(made.B, bases.B):
+            if same_numbers(made.B, bases.B):
                 return recipe
     return None
 
@@ -143,12 +150,14 @@ def _sparsity(config: RandLoraConfig, min_dim: int) -> float:
     return math.sqrt(min_dim) if config.very_sparse else 3
 
 
-def _same_values(a: np.ndarray, b: np.ndarray) -> bool:
-    pairs = zip(_chunks(a), _chunks(b), strict=True)
-    return all(np.array_equal(x.astype(np.float32), y.astype(np.float32)) for x, y in pairs)
+def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two bases of one size hold the same numbers, to the sign of a zero, in whatever dtypes."""
+    pairs = zip(chunks(a), chunks(b), strict=True)
+    return all(np.array_equal(*(part.astype(np.float32).view(np.uint32) for part in pair)) for pair in pairs)
 
 
-def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+def chunks(array: np.ndarray) -> Iterator[np.ndarray]:
+    """An array of any shape in flat pieces, for what needs more memory than the array itself."""
     flat = array.reshape(-1)
     return (flat[start : start + _CHUNK] for start in range(0, flat.size, _CHUNK))
 
@@ -229,7 +238,7 @@ def _normalize(name: str, drawn: np.ndarray, config: RandLoraConfig, min_dim: in
     every = np.arange(1 << 16, dtype=np.uint16).view(drawn.dtype)
     with np.errstate(all="ignore"):
         quotient = (every.astype(np.float32) / np.float32(np.float32(std).astype(drawn.dtype))).astype(drawn.dtype)
-    for chunk in _chunks(drawn):  # numpy turns the indices into int64 first
+    for chunk in chunks(drawn):  # numpy turns the indices into int64 first
         chunk[:] = quotient[chunk.view(np.uint16)]
     return drawn
 
@@ -237,7 +246,7 @@ def _normalize(name: str, drawn: np.ndarray, config: RandLoraConfig, min_dim: in
 def _half_std(values: np.ndarray) -> float:
     """Sample standard deviation in float64, from a histogram of the 65536 bit patterns (nan for a single value)."""
     counts = np.zeros(1 << 16)
-    for chunk in _chunks(values):  # numpy counts in a copy as int64
+    for chunk in chunks(values):  # numpy counts in a copy as int64
         counts += np.bincount(chunk.view(np.uint16), minlength=1 << 16)
     present = counts > 0
     levels = np.arange(1 << 16, dtype=np.uint16)[present].view(values.dtype).astype(np.float64)

@@ -38,6 +38,18 @@ def shared_dims(shapes: Iterable[tuple[int, int]]) -> Dims:
     return Dims(max(largest), min(largest))
 
 
+def used_dims(shapes: Iterable[tuple[int, int]]) -> Dims:
+    """Sizes of the block of the shared bases that the layers of the given (out, in) shapes use: each a prefix of it.
+
+    Never more than `shared_dims`, and less where both an up and a down projection are adapted.
+
+    >>> used_dims([(256, 128), (128, 256)]), shared_dims([(256, 128), (128, 256)])
+    (Dims(max_dim=256, min_dim=128), Dims(max_dim=256, min_dim=256))
+    """
+    shapes = list(shapes)
+    return Dims(max(map(max, shapes)), max(map(min, shapes)))
+
+
 def factor_shapes(shape: tuple[int, int], r: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Shapes (r, n) of lambda and (n, min(out, in)) of gamma for one layer of shape (out, in)."""
     min_dim = min(shape)

@@ -26,7 +26,8 @@ from jaxtyping import Array, Float
 from interop.adalora import AdaLoraConfig, keep_triplets
 from interop.fields import AdapterConfig
 from randlora_jax.adalora_adapter import AdaLoraAdapter, stack_triplets
-from randlora_jax.adapter import to_host, weights_of
+from randlora_jax.adapter import weights_of
+from randlora_jax.bases import to_host
 from randlora_jax.kernels import find_kernels, is_stacked, named_leaves
 from randlora_jax.naming import Layouts
 from randlora_jax.nnx_optimizer import on_model

@@ -20,6 +20,8 @@ from interop.bases import Bases
 from interop.config import RandLoraConfig
 from interop.fields import AdapterConfig
 from interop.files import save
+from interop.storage import Origin, Used
+from randlora_jax.bases import hold_bases, to_host, whole_bases
 from randlora_jax.kernels import AnyFactors, is_stacked, weight_deltas
 from randlora_jax.layouts import Layout, weight_names
 
@@ -113,7 +115,7 @@ class KernelAdapter:
 
         Arrays that are spread over several processes are gathered: call it in all of them.
         """
-        factors, bases = jax.tree.map(to_host, (self.factors, self.bases))
+        factors = jax.tree.map(to_host, self.factors)
         names, shapes = self.weight_names, self.shapes and dict(self.shapes)
         return Adapter(
             config=self.config,
@@ -122,7 +124,7 @@ class KernelAdapter:
                 for name, stacked in factors.items()
                 for module, weight in zip(names[name], weights_of(stacked), strict=True)
             },
-            bases=bases,
+            bases=None if self.bases is None else whole_bases(self.bases),
             recipe=self.recipe,
             shapes=shapes and {module: shapes[name] for name in names for module in names[name]},
         )
@@ -140,7 +142,8 @@ class RandLoraAdapter(KernelAdapter):
     Attributes:
         factors: lambda (r, n) and gamma (n, min(out, in)) of each adapted layer: the trainable leaves. A kernel that
             holds several weights (`Layout.stack_axes`) has (weights, r, n) and (weights, n, min(out, in)).
-        bases: A (r, 1, min_dim) and B (max_dim, n, r), frozen, shared by all layers.
+        bases: A (r, 1, min_dim) and B (max_dim, n, r), frozen, shared by all layers. On a model, only the part is held
+            that its layers use, and a ternary B as int8 codes: B is a `HeldBasis` then. `to_interop` gives all of them.
         config: The adapter's `RandLoraConfig` (static).
         shapes: (name, (out, in)) of each adapted layer, or None if its file did not say (static).
         layouts: (name, Layout) of the kernels that are no plain 2-D matrices (static).
@@ -159,13 +162,22 @@ class RandLoraAdapter(KernelAdapter):
     def with_bases_dtype(self, dtype: Any) -> "RandLoraAdapter":
         """This adapter with its bases stored in another dtype, e.g. bfloat16, which halves their memory.
 
-        Rounded bases are other bases: files then hold them as they are, and `save_projection=False` is refused.
+        Rounded bases are other bases: files then hold them as they are, and `save_projection=False` is refused. So all
+        of them are held.
         """
-        return dataclasses.replace(self, bases=Bases(*(array.astype(dtype) for array in self.bases)))
+        if all(basis.dtype == dtype for basis in self.bases):
+            return self
+        held = getattr(self.bases.B, "values", self.bases.B)
+        A, B = (basis.astype(dtype) for basis in whole_bases(self.bases))
+        return dataclasses.replace(self, bases=Bases(jnp.asarray(A), jax.device_put(B, held.sharding)))
 
     @classmethod
-    def from_interop(cls, adapter: Adapter) -> "RandLoraAdapter":
-        """The same arrays on the default device; dtypes are kept.
+    def from_interop(cls, adapter: Adapter, *, origin: Origin | None = None) -> "RandLoraAdapter":
+        """The same numbers on the default device; a ternary B as codes.
+
+        Args:
+            adapter: Any of RandLoRA.
+            origin: What all of its bases are drawn from, if it holds only those that its layers use.
 
         Raises:
             ValueError: the bases are not known yet, or the adapter also trains biases or whole modules, which this
@@ -180,7 +192,7 @@ class RandLoraAdapter(KernelAdapter):
                 " (randlora_jax.attach), or give the (out, in) shapes of its layers first: adapter.bind(shapes)."
             )
         refuse_saved_weights(adapter, "lambda and gamma")
-        factors, bases = jax.tree.map(jnp.asarray, (dict(adapter.factors), adapter.bases))
+        factors, bases = jax.tree.map(jnp.asarray, dict(adapter.factors)), hold_bases(Used(adapter.bases, origin))
         shapes = adapter.shapes and tuple(adapter.shapes.items())
         return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
 
@@ -200,13 +212,6 @@ def weights_of(factors: AnyFactors) -> list[AnyFactors]:
     if not is_stacked(factors):
         return [factors]
     return [type(factors)(*(part[i] for part in factors)) for i in range(len(factors[0]))]
-
-
-def to_host(array: jax.Array | np.ndarray) -> np.ndarray:
-    """The array in numpy; if it is spread over processes, all of them must call this."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        return multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array)
 
 
 def _weight_names(name: str, layout: Layout | None, factors: AnyFactors) -> list[str]:

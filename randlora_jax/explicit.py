@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from interop.adapter import Factors, gamma_start
-from interop.bases import Bases
+from interop.bases import Bases, make_bases
 from interop.config import RandLoraConfig
 from interop.shapes import factor_shapes, shared_dims
-from randlora_jax.bases import layer_bases, make_bases
+from interop.storage import used_bases
+from randlora_jax.bases import hold_bases, layer_bases
 from randlora_jax.contraction import adapted_linear, apply_delta
 from randlora_jax.kernels import on_explicit_mesh
 from randlora_jax.selection import refuse_unsupported, require_randlora
@@ -26,7 +27,7 @@ class SharedBases:
     """What all explicit layers of a model share: the bases, and the config they were made by.
 
     Attributes:
-        bases: A (r, 1, min_dim) and B (max_dim, n, r), frozen.
+        bases: A (r, 1, min_dim) and B (max_dim, n, r), frozen; the part that the layers use.
         config: The config, as `explicit_config` gives it (static).
         limits: The largest out and the largest in of the layers that the bases are for (static).
     """
@@ -44,7 +45,8 @@ def make_shared_bases(config: RandLoraConfig, shapes: Iterable[tuple[int, int]],
     """
     config, shapes = explicit_config(config), list(shapes)
     bases = make_bases(config, **shared_dims(shapes)._asdict(), recipe=recipe)
-    return SharedBases(bases, config, largest_sides(shapes))
+    held = hold_bases(used_bases(bases, shapes, config, drawn_by=recipe))
+    return SharedBases(held, config, largest_sides(shapes))
 
 
 def explicit_config(config: RandLoraConfig) -> RandLoraConfig:

@@ -68,7 +68,9 @@ def bound_bases(model: Model) -> Iterator[Model]:
     parts = [part for _, weight in adapted_weights(model) for part in weight.adapters.values() if part.has_bases]
     held = [(part.randlora_A, part.randlora_B) for part in parts]
     captured = {
-        id(basis): basis if isinstance(basis, Captured) else Captured(basis[...]) for bases in held for basis in bases
+        id(basis): basis if isinstance(basis, Captured) else Captured(basis.get_value())
+        for bases in held
+        for basis in bases
     }
     for part, (basis_A, basis_B) in zip(parts, held, strict=True):
         part.hold(captured[id(basis_A)], captured[id(basis_B)])

@@ -70,7 +70,7 @@ class LayerAdapter(nnx.Module):
         if not self.has_bases:
             return None
         held = (self.randlora_A, self.randlora_B)
-        return Bases(*(basis.array if isinstance(basis, Captured) else basis[...] for basis in held))
+        return Bases(*(basis.array if isinstance(basis, Captured) else basis.get_value() for basis in held))
 
     @property
     def kernel(self) -> Kernel:

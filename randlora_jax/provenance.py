@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 
 from interop.adalora import AdaLoraConfig
-from interop.bases import Bases, bases_digest
+from interop.bases import bases_digest
 from interop.errors import bulleted
 from interop.fields import AdapterConfig
-from randlora_jax.adapter import to_host
+from randlora_jax.bases import whole_bases
 from randlora_jax.kernels import named_leaves
 from randlora_jax.layouts import Layout, module_name
 from randlora_jax.nnx_places import places_of
@@ -34,7 +34,7 @@ def describe(adapter: AnyAdapter, params: Any) -> dict[str, Any]:
         "version": VERSION,
         "config": adapter.config.to_dict(),
         "recipe": adapter.recipe,
-        "bases_sha256": None if adapter.bases is None else bases_digest(Bases(*map(to_host, adapter.bases))),
+        "bases_sha256": None if adapter.bases is None else bases_digest(whole_bases(adapter.bases)),
         "modules": {
             name: {
                 "shape": shape,

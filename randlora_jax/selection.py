@@ -17,6 +17,7 @@ from interop.bases import DEFAULT_RECIPE
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
 from interop.files import load
+from interop.storage import used_bases
 from interop.targets import resolve_targets
 from randlora_jax.adalora_adapter import AdaLoraAdapter, stack_triplets
 from randlora_jax.adapter import RandLoraAdapter
@@ -71,7 +72,7 @@ def new_adapter(
         )
     adapter = init_adapter(config, shapes, recipe=recipe, rng=_rng_from_key(key))
     adapter = dataclasses.replace(adapter, config=_in_file_names(config, shapes))
-    return on_kernels(adapter, found, dtype=dtype, with_dropout=with_dropout)
+    return on_kernels(adapter, found, dtype=dtype, with_dropout=with_dropout, drawn_by=recipe)
 
 
 def require_randlora(config: AdapterConfig, instead: str) -> None:
@@ -164,15 +165,23 @@ def _layout_hint(unclear: list[str]) -> str:
 
 
 def on_kernels(
-    adapter: Adapter, found: Kernels, *, dtype: DTypeLike | None = None, with_dropout: Collection[str] = ()
+    adapter: Adapter,
+    found: Kernels,
+    *,
+    dtype: DTypeLike | None = None,
+    with_dropout: Collection[str] = (),
+    drawn_by: str | None = None,
 ) -> AnyAdapter:
     """An adapter of the hub on the kernels of a model: checked against their shapes, their layouts recorded.
+
+    Of its bases, the part is held that its layers use.
 
     Args:
         adapter: Of any source, see `as_interop`.
         found: The kernels of the model.
         dtype: See `init`.
         with_dropout: Names of the kernels whose layers apply dropout.
+        drawn_by: The recipe that drew the bases just now; None if they came with the adapter.
 
     Raises:
         AdapterFormatError: a kernel is missing, the message lists both sides; or one has another shape.
@@ -188,8 +197,7 @@ def on_kernels(
             shapes[module] = kernel.shape
     _refuse_missing(adapter, shapes, found)
     bound = adapter.bind(shapes)
-    kind = AdaLoraAdapter if isinstance(bound.config, AdaLoraConfig) else RandLoraAdapter
-    on_device = kind.from_interop(bound)
+    on_device = _on_device(bound, bound.recipe if adapter.bases is None else drawn_by)
     factors, layouts = _stack_weights(on_device.factors, found.kernels)
     return dataclasses.replace(
         on_device,
@@ -198,6 +206,13 @@ def on_kernels(
         shapes=tuple((name, found.kernels[name].shape) for name in factors),
         dtype=None if dtype is None else np.dtype(dtype),
     )
+
+
+def _on_device(bound: Adapter, drawn_by: str | None) -> AnyAdapter:
+    if isinstance(bound.config, AdaLoraConfig):
+        return AdaLoraAdapter.from_interop(bound)
+    used, origin = used_bases(bound.bases, bound.shapes.values(), bound.config, drawn_by=drawn_by)
+    return RandLoraAdapter.from_interop(dataclasses.replace(bound, bases=used), origin=origin)
 
 
 def _refuse_missing(adapter: Adapter, shapes: Mapping[str, tuple[int, int]], found: Kernels) -> None:

@@ -60,7 +60,8 @@ def adapter_specs(adapter: AdapterOfKind, specs: Mapping[str, PartitionSpec], me
         return dataclasses.replace(adapter, factors=factors)
     del long_sides[None]
     rows = max(long_sides, key=lambda axes: (_devices(axes, mesh), long_sides[axes]), default=None)
-    return dataclasses.replace(adapter, factors=factors, bases=Bases(PartitionSpec(), PartitionSpec(rows)))
+    spec_B = jax.tree.map(lambda _: PartitionSpec(rows), adapter.bases.B)
+    return dataclasses.replace(adapter, factors=factors, bases=Bases(PartitionSpec(), spec_B))
 
 
 def adapter_shardings(adapter: AdapterOfKind, params: Any) -> AdapterOfKind | None:

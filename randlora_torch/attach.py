@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
-from interop.bases import Bases
+from interop.bases import BFLOAT16, FLOAT16, Bases, cut_bases
 from interop.config import RandLoraConfig
+from interop.shapes import Dims
+from interop.storage import Origin, store, used_bases
 from randlora_torch.bases import BufferDict, to_torch
 from randlora_torch.extras import Extras, extra_parameters, find_extras, match_extras
 from randlora_torch.layer import BASE_ROWS, AdapterLayer, Rows
@@ -27,6 +29,8 @@ from randlora_torch.structure import (
     layer_kind,
 )
 
+_HALF = {torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+
 
 @dataclasses.dataclass(frozen=True)
 class AttachedAdapter:
@@ -37,7 +41,8 @@ class AttachedAdapter:
         recipe: Name of the recipe of its bases, or None.
         modules: Names of the adapted layers.
         extras: What it holds besides the parameters of its layers.
-        bases_dtypes: The dtypes of A and B in its file; in memory they may be wider, for speed. () without bases.
+        bases_dtypes: The dtypes of A and B in its file; in memory they are others. () without bases.
+        origin: What all of the bases are drawn from, if only those are held that its layers use.
         held: Which of its `init_r` triplets the parameters of an AdaLoRA adapter hold, by layer: those that were left
             when it was attached.
         allocator: What takes more of them away while it trains.
@@ -48,6 +53,7 @@ class AttachedAdapter:
     modules: tuple[str, ...]
     extras: Extras
     bases_dtypes: tuple[torch.dtype, ...] = ()
+    origin: Origin | None = None
     held: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     allocator: RankAllocator | None = None
 
@@ -78,7 +84,7 @@ class Attached:
     keep_weight: bool = False
 
 
-def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: bool) -> None:
+def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: bool, drawn_by: str | None = None) -> None:
     """Put an adapter that is bound to the model on its layers. Everything that can fail comes before any change.
 
     Args:
@@ -86,6 +92,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
         adapter: The adapter; its bases are known.
         adapter_name: Its name on this model, which `check_request` accepted.
         loaded: Whether it must bring the values of its modules and biases; a new one starts from the model's.
+        drawn_by: The recipe that drew its bases just now; None if they came with it.
 
     Raises:
         ValueError, AdapterFormatError: the model cannot take this adapter.
@@ -108,7 +115,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
         model.requires_grad_(False)
         if bnb_layers() is not None:
             bnb_layers().protect_from_repacking(model)
-    dtypes = _share_bases(state, adapter_name, adapter.bases, floating_dtype(model))
+    dtypes, origin = _share_bases(state, adapter_name, adapter, floating_dtype(model), drawn_by)
     _replace(model, layers, created, state)
     for name, factors in adapter.factors.items():
         if name not in created:
@@ -119,7 +126,9 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
     held = {}
     if isinstance(config, AdaLoraConfig):
         held = {name: held_triplets(config, name) for name in adapter.modules}
-    state.adapters[adapter_name] = AttachedAdapter(config, adapter.recipe, adapter.modules, extras, dtypes, held)
+    state.adapters[adapter_name] = AttachedAdapter(
+        config, adapter.recipe, adapter.modules, extras, dtypes, origin, held
+    )
     model._randlora = state
     places = saved_parameters(model, adapter_name)
     with torch.no_grad():
@@ -249,29 +258,45 @@ def _is_of_peft(module: nn.Module) -> bool:
 
 
 def _share_bases(
-    state: Attached, adapter_name: str, bases: Bases | None, dtype: torch.dtype
-) -> tuple[torch.dtype, ...]:
-    """Store the bases, or share those of another adapter if they are the same; in `dtype` if that loses nothing.
+    state: Attached, adapter_name: str, adapter: Adapter, dtype: torch.dtype, drawn_by: str | None
+) -> tuple[tuple[torch.dtype, ...], Origin | None]:
+    """Hold the bases that the layers use: A in float32, B as narrow as it goes; those of other adapters if they agree.
 
     Returns:
-        The dtypes they came in.
+        The dtypes they came in, and what all of them are drawn from if these are not all.
     """
-    if bases is None:
-        return ()
-    stored = [_in_dtype(to_torch(basis), dtype) for basis in bases]
-    pairs = zip(state.bases_A.values(), state.bases_B.values(), strict=True)
-    same = next((pair for pair in pairs if all(map(_same, pair, stored))), None)
-    state.bases_A[adapter_name], state.bases_B[adapter_name] = same or stored
-    return tuple(to_torch(basis[:0]).dtype for basis in bases)
+    if adapter.bases is None:
+        return (), None
+    used, origin = used_bases(adapter.bases, adapter.shapes.values(), adapter.config, drawn_by=drawn_by)
+    values, scale = store(used.B, prefer=_HALF.get(dtype))
+    bases = Bases(to_torch(used.A).float(), to_torch(values))
+    for name, info in state.adapters.items():
+        held = Bases(state.bases_A.stored(name), state.bases_B.stored(name))
+        if (info.origin, state.bases_B.scale(name)) == (origin, scale) and _agree(held, bases):
+            bases = _larger(state, held, bases, scale)
+            break
+    state.bases_A[adapter_name] = bases.A
+    state.bases_B.hold(adapter_name, bases.B, scale)
+    return tuple(to_torch(basis[:0]).dtype for basis in used), origin
 
 
-def _same(held: Tensor, given: Tensor) -> bool:
-    return held.shape == given.shape and held.dtype == given.dtype and torch.equal(held.cpu(), given)
+def _agree(held: Bases, given: Bases) -> bool:
+    """Whether the one is a part of the other."""
+    common = Dims(*map(min, held.dims, given.dims))
+    pairs = zip(cut_bases(held, common), cut_bases(given, common), strict=True)
+    return common in (held.dims, given.dims) and all(
+        a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b) for a, b in pairs
+    )
 
 
-def _in_dtype(basis: Tensor, dtype: torch.dtype) -> Tensor:
-    converted = basis.to(dtype)
-    return converted if torch.equal(converted.to(basis.dtype), basis) else basis
+def _larger(state: Attached, held: Bases, given: Bases, scale: float) -> Bases:
+    """The larger of two pairs that agree; if it is the given one, it takes the place of the held one first."""
+    if given.dims == Dims(*map(min, held.dims, given.dims)):
+        return held
+    for name in [name for name in state.bases_B if state.bases_B.stored(name) is held.B]:
+        state.bases_A[name] = given.A
+        state.bases_B.hold(name, given.B, scale)
+    return given
 
 
 def _replace(model: nn.Module, layers: dict[str, nn.Module], created: dict[str, AdapterLayer], state: Attached) -> None:

@@ -16,6 +16,7 @@ from interop.shapes import check_factor_shapes
 from randlora_torch.fused import fold, on_gpu
 from randlora_torch.gradients import Operands, add_product, no_autocast, product_dtype
 from randlora_torch.packed import Packed4bit, Rows8bit
+from randlora_torch.sparse import PRODUCT_PRICE, SparseBasis, is_sparse_usable
 
 
 @runtime_checkable
@@ -38,6 +39,7 @@ class _Call(NamedTuple):
         dtype: Of the products, and so of the result.
         plan: Where W' is made.
         quantized: The frozen weight, if it is no tensor.
+        sparse: B once more, if it is mostly zeros.
     """
 
     tall: bool
@@ -45,6 +47,7 @@ class _Call(NamedTuple):
     dtype: torch.dtype
     plan: Plan
     quantized: Quantized | None = None
+    sparse: SparseBasis | None = None
 
     def frozen(self, weight: Tensor | None) -> Tensor | None:
         """The frozen weight in floating point."""
@@ -54,8 +57,11 @@ class _Call(NamedTuple):
         """W' (out, in)."""
 
         def by_torch(lam: Tensor, gamma: Tensor) -> Tensor:
-            left, right = operands._replace(lam=lam, gamma=gamma).matrices(self.scaling, self.dtype, self.tall)
-            return add_product(self.frozen(weight), left, right, in_place=self.quantized is not None)
+            drawn, frozen = operands._replace(lam=lam, gamma=gamma), self.frozen(weight)
+            if self.sparse is not None and is_sparse_usable(self.dtype):
+                return self.sparse.add_product(frozen, drawn.scaled_A(self.scaling, self.dtype), self.tall)
+            left, right = drawn.matrices(self.scaling, self.dtype, self.tall)
+            return add_product(frozen, left, right, in_place=self.quantized is not None)
 
         if not on_gpu(operands.lam):
             return by_torch(operands.lam, operands.gamma)
@@ -129,7 +135,7 @@ def _folded_backward(
     if not (needs.weight or needs.factors):
         return _Grads(grad_x, None, (None, None))
     grad_weight = grad.T @ x  # (out, in)
-    return _Grads(grad_x, grad_weight, operands.project(grad_weight, call.scaling, call.tall))
+    return _Grads(grad_x, grad_weight, operands.project(grad_weight, call.scaling, call.tall, call.sparse))
 
 
 def _factored_backward(
@@ -168,7 +174,7 @@ class _FoldedWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         call: _Call = ctx.call
         with no_autocast(grad):
-            factors = Operands(*ctx.saved_tensors).project(grad, call.scaling, call.tall)
+            factors = Operands(*ctx.saved_tensors).project(grad, call.scaling, call.tall, call.sparse)
         grad_weight = grad.to(ctx.weight_dtype) if ctx.needs_input_grad[0] else None
         return grad_weight, None, None, *factors, None
 
@@ -183,6 +189,7 @@ def folded_weight(
     out_features: int,
     scaling: float,
     dtype: torch.dtype,
+    sparse: SparseBasis | None = None,
 ) -> Float[Tensor, "outputs inputs"]:
     """`W' = W + dW` (out, in) in `dtype`, in one buffer; None for W gives dW. Differentiable in W, lambda and gamma.
 
@@ -195,7 +202,7 @@ def folded_weight(
     check_factor_shapes(bases_A.shape, bases_B.shape, lam.shape, gamma.shape)
     if out_features not in (bases_B.shape[0], bases_A.shape[-1]):
         raise ValueError(f"out_features={out_features}: the bases are for {bases_B.shape[0]} or {bases_A.shape[-1]}.")
-    call = _Call(out_features == bases_B.shape[0], scaling, dtype, Plan(True, True))
+    call = _Call(out_features == bases_B.shape[0], scaling, dtype, Plan(True, True), sparse=sparse)
     weight, call = _split(weight, call)
     return _FoldedWeight.apply(weight, bases_A, bases_B, lam, gamma, call)
 
@@ -214,6 +221,7 @@ def adapted_linear(
     plan: str = "auto",
     keep_weight: bool = False,
     dtype: torch.dtype | None = None,
+    sparse: SparseBasis | None = None,
 ) -> Float[Tensor, "*batch outputs"]:
     """`x @ (W + dW).T + bias`; without W, the update alone. Differentiable in all but the bases.
 
@@ -232,6 +240,7 @@ def adapted_linear(
             (`interop.plans`); in `torch.export`, whose graph is for any number of rows, "factored".
         keep_weight: Keep a W' made in forward for backward: one product less, D d numbers more.
         dtype: Of the products and the result; by default that of x, or autocast's.
+        sparse: B once more, for sparse products where W' is made (`sparse_basis`).
 
     Raises:
         ValueError: the shapes do not fit each other, x is not floating point, or the plan is unknown.
@@ -246,16 +255,16 @@ def adapted_linear(
             " slice them with layer_bases(bases, (out, in))."
         )
     dtype = dtype or product_dtype(x)
-    shape, r = (out_features, in_features), bases_A.shape[0]
-    chosen = plan_for(x, shape, r, dtype, plan, keep_weight, frozen=weight is not None)
+    operands = Operands(bases_A, bases_B, lam, gamma)
+    product = {"scaling": scaling, "out_features": out_features, "sparse": sparse, "dtype": dtype}
+    chosen = plan_for(x, operands, plan=plan, keep_weight=keep_weight, frozen=weight is not None, **product)
     if keep_weight and chosen == Plan(True, True):
-        options = {"out_features": out_features, "scaling": scaling, "dtype": dtype}
-        kept = folded_weight(weight, bases_A, bases_B, lam, gamma, **options)
         with no_autocast(x):
+            kept = folded_weight(weight, *operands, **product)
             return linear(x.to(dtype), kept, None if bias is None else bias.to(dtype))
-    call = _Call(out_features >= in_features, scaling, dtype, chosen)
+    call = _Call(out_features >= in_features, scaling, dtype, chosen, sparse=sparse)
     weight, call = _split(weight, call)
-    return _AdaptedLinear.apply(x, weight, bias, bases_A, bases_B, lam, gamma, call)
+    return _AdaptedLinear.apply(x, weight, bias, *operands, call)
 
 
 def apply_delta(
@@ -280,22 +289,25 @@ def apply_delta(
 
 def plan_for(
     x: Tensor,
-    shape: tuple[int, int],
-    r: int,
-    dtype: torch.dtype,
-    plan: str,
-    keep_weight: bool = False,
+    operands: Operands,
     *,
+    out_features: int,
+    scaling: float,
+    plan: str,
+    dtype: torch.dtype,
+    keep_weight: bool = False,
     frozen: bool = True,
+    sparse: SparseBasis | None = None,
 ) -> Plan:
-    """`choose_plan` for inputs x of a layer of shape (out, in), in products of `dtype`."""
+    """The plan of `adapted_linear` for these arguments; `frozen`, whether it has a weight."""
     layer = Contraction(
-        shape=shape,
-        r=r,
-        tokens=x.numel() // shape[1],
+        shape=(out_features, x.shape[-1]),
+        r=operands.bases_A.shape[0],
+        tokens=x.numel() // x.shape[-1],
         frozen=frozen,
         needs_input_grad=x.requires_grad,
         keeps_weight=keep_weight,
+        product_price=1.0 if sparse is None or dtype != torch.float32 else PRODUCT_PRICE,
     )
     balance = CPU_BALANCE if x.device.type == "cpu" else ACCELERATOR_BALANCE
     choose = choose_plan if torch.compiler.is_compiling() else _choose_once

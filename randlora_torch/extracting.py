@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from interop.adalora import AdaLoraConfig, SVDFactors, keep_triplets
 from interop.bases import Bases
 from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
-from randlora_torch.attach import AttachedAdapter, attached_to, find_attached, saved_parameters
+from randlora_torch.attach import Attached, AttachedAdapter, attached_to, find_attached, saved_parameters
+from randlora_torch.bases import to_numpy, to_torch
 from randlora_torch.extras import embedding_parameters
 from randlora_torch.layer import AdapterLayer
 from randlora_torch.merging import is_sharded
@@ -35,7 +36,7 @@ def extract(
 
     Raises:
         ValueError: the model has no such adapter, or several and no name was given; or PEFT attached it, and one of the
-            last two arguments was given.
+            last two arguments was given; or its bases were changed in memory since.
         AdapterFormatError: an adapter of PEFT's is none that a file could hold.
     """
     model = getattr(model, "_orig_mod", model)  # of a compiled model
@@ -60,15 +61,34 @@ def extract(
     }
     if isinstance(info.config, AdaLoraConfig):
         return AdaLoraAdapter(**_kept_factors(info, layers, name, value), **common)
-    bases = zip((model._randlora.bases_A[name], model._randlora.bases_B[name]), info.bases_dtypes, strict=True)
     factors = {module: layers[module].factors(name) for module in info.modules}
     return RandLoraAdapter(
         factors={module: type(parts)(*map(value, parts)) for module, parts in factors.items()},
-        bases=Bases(*(basis.to(dtype) for basis, dtype in bases)),
+        bases=_whole_bases(model._randlora, name),
         config=info.config,
         recipe=info.recipe,
         **common,
     )
+
+
+def held_bases(state: Attached, adapter_name: str) -> Bases:
+    """The bases of an adapter that its model holds, in the dtypes of files."""
+    held = state.bases_A[adapter_name], state.bases_B[adapter_name]
+    dtypes = state.adapters[adapter_name].bases_dtypes
+    return Bases(*(basis.to(dtype) for basis, dtype in zip(held, dtypes, strict=True)))
+
+
+def _whole_bases(state: Attached, adapter_name: str) -> Bases:
+    """All of the bases of an adapter: those held, or drawn again if they are not all.
+
+    Raises:
+        ValueError: the bases that are held are not those that are drawn.
+    """
+    held, origin = held_bases(state, adapter_name), state.adapters[adapter_name].origin
+    if origin is None:
+        return held
+    whole = origin.whole(Bases(*map(to_numpy, held)))
+    return Bases(*(to_torch(basis).to(held.B.device) for basis in whole))
 
 
 def _is_pefts(model: nn.Module) -> bool:

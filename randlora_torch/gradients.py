@@ -15,6 +15,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from interop.shapes import check_factor_shapes
 from randlora_torch.fused import project
 from randlora_torch.scaling import compute_dtype, factor_grads, scale_bases
+from randlora_torch.sparse import SparseBasis, is_sparse_usable
 
 
 class UniqueBaseGrad(torch.autograd.Function):
@@ -63,23 +64,32 @@ class Operands(NamedTuple):
     gamma: Tensor
 
     def matrices(self, scaling: float, dtype: torch.dtype, tall: bool) -> tuple[Tensor, Tensor]:
-        """Two matrices in `dtype` whose product is dW (out, in); U = `scaling * lambda * A * gamma`, made in float32.
+        """Two matrices in `dtype` whose product is dW (out, in).
 
         (D, k) B and (k, d) U for a tall dW, (d, k) U^T and (k, D) B^T for a wide one, with k = n * r.
         """
-        A, lam, gamma = self._wide()
-        scaled_A, B = scale_bases(A, scaling * lam, gamma).to(dtype), self.flat_B(dtype)
+        scaled_A, B = self.scaled_A(scaling, dtype), self.flat_B(dtype)
         return (B, scaled_A) if tall else (scaled_A.T, B.T)
 
     def flat_B(self, dtype: torch.dtype) -> Tensor:
         """B (D, n*r) in `dtype`."""
         return self.bases_B.to(dtype).reshape(self.bases_B.shape[0], -1)
 
-    def project(self, grad_weight: Tensor, scaling: float, tall: bool) -> tuple[Tensor, Tensor]:
+    def scaled_A(self, scaling: float, dtype: torch.dtype) -> Tensor:
+        """U = `scaling * lambda * A * gamma` (r*n, d) in `dtype`, made in float32 or wider."""
+        A, lam, gamma = self._wide()
+        return scale_bases(A, scaling * lam, gamma).to(dtype)
+
+    def project(
+        self, grad_weight: Tensor, scaling: float, tall: bool, sparse: SparseBasis | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gradients of lambda and gamma from that of dW (out, in)."""
 
         def by_torch(grad_weight: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-            grad_scaled_A = self.flat_B(grad_weight.dtype).T @ (grad_weight if tall else grad_weight.T)
+            if sparse is not None and is_sparse_usable(grad_weight.dtype):
+                grad_scaled_A = sparse.project(grad_weight, tall)
+            else:
+                grad_scaled_A = self.flat_B(grad_weight.dtype).T @ (grad_weight if tall else grad_weight.T)
             return self._replace(lam=lam, gamma=gamma).grads(grad_scaled_A, scaling)
 
         grads = project(grad_weight, *self, scaling=scaling, dtype=grad_weight.dtype, torch_way=by_torch)

@@ -42,7 +42,8 @@ def attach_new(
     config = dataclasses.replace(config, fan_in_fan_out=stored_in_out)  # what the layers are, as PEFT corrects it
     draws = isinstance(config, AdaLoraConfig) or not config.init_weights
     rng = np.random.default_rng(int(torch.randint(2**62, ()))) if draws else None
-    attach(model, init_adapter(config, shapes, recipe=recipe, rng=rng), adapter_name, loaded=False)
+    adapter = init_adapter(config, shapes, recipe=recipe, rng=rng)
+    attach(model, adapter, adapter_name, loaded=False, drawn_by=adapter.recipe)
     for layer in adapted_layers(model).values() if dtype is not None or meta else ():
         for held in layer.parameter_dicts:
             if adapter_name in held:
@@ -57,7 +58,9 @@ def attach_saved(
     check_request(model, adapter_name)
     adapter = as_adapter(source, recipe)
     adapter, state = with_state(source, adapter) if to_train else (adapter, None)
-    attach(model, adapter.bind(layer_shapes(model, adapter.config)), adapter_name, loaded=True)
+    bound = adapter.bind(layer_shapes(model, adapter.config))
+    drawn_by = bound.recipe if adapter.bases is None else None
+    attach(model, bound, adapter_name, loaded=True, drawn_by=drawn_by)
     if state is not None:
         adapters = model._randlora.adapters
         adapters[adapter_name] = state.resume(model, adapter_name, find_attached(model, adapter_name))

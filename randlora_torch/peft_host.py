@@ -123,10 +123,12 @@ class _Hosted:
             if name in self._modules:
                 self.__dict__[name] = self._modules.pop(name)
 
-    def _bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None = None) -> LayerBases:
-        A = _converted(self.randlora_A, adapter_name, device, None)
-        B = _converted(self.randlora_B, adapter_name, device, dtype)
-        return layer_bases(Bases(A, B), (self.out_features, self.in_features))
+    def _bases(self, adapter_name: str, device: torch.device) -> LayerBases:
+        bases = Bases(*(_on(held, adapter_name, device) for held in (self.randlora_A, self.randlora_B)))
+        return LayerBases(*layer_bases(bases, (self.out_features, self.in_features)))
+
+    def _sparse_basis(self, adapter_name: str, codes: Tensor) -> None:
+        return None  # PEFT's bases are in float32
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -134,18 +136,17 @@ class _Hosted:
         return super().forward(x, *args, **kwargs)
 
 
-def _converted(held: nn.Module, name: str, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """One of PEFT's bases where and as it is needed; a copy is kept until PEFT changes what it was made from."""
+def _on(held: nn.Module, name: str, device: torch.device) -> Tensor:
+    """One of PEFT's bases where it is needed; a copy is kept until PEFT changes what it was made from."""
     source = held[name]
-    wanted = (device, dtype or source.dtype)
-    if (source.device, source.dtype) == wanted:
+    if source.device == device:
         return source
-    copies = held.__dict__.setdefault("_converted", {})
-    made_from, copy = copies.get((name, *wanted), (None, None))
+    copies = held.__dict__.setdefault("_copies", {})
+    made_from, copy = copies.get((name, device), (None, None))
     if made_from != (id(source), source._version):
         with torch.inference_mode(False):
-            copy = source.to(*wanted)
-        copies[name, *wanted] = ((id(source), source._version), copy)
+            copy = source.to(device)
+        copies[name, device] = ((id(source), source._version), copy)
     return copy
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from interop.adalora import AdaLoraConfig, SVDFactors, keep_triplets
 from interop.adapter import Adapter
-from interop.bases import Bases, identify_recipe
+from interop.bases import Bases, cut_bases, identify_recipe
 from interop.contents import read_tensors
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
-from interop.shapes import bases_shapes, shared_dims
+from interop.shapes import shared_dims
 from interop.tensorfile import Tensors
 from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
 from randlora_torch.bases import to_numpy
@@ -69,7 +69,7 @@ def extract_peft(model: nn.Module, adapter_name: str | None = None) -> RandLoraA
         if isinstance(config, AdaLoraConfig):
             factors = {module: _kept(config, module, triplets) for module, triplets in contents.factors.items()}
             return AdaLoraAdapter.from_interop(Adapter(factors=factors, **parts))
-        bases = _cut(contents.bases, shapes, config.r)
+        bases = _cut(contents.bases, shapes)
         recipe = identify_recipe(config, bases)
         adapter = Adapter(factors=contents.factors, bases=bases, recipe=recipe, **parts)
     except AdapterFormatError as error:
@@ -166,7 +166,6 @@ def _kept(config: AdaLoraConfig, module: str, factors: SVDFactors) -> SVDFactors
     return factors if pruned else keep_triplets(factors, config.kept(module))
 
 
-def _cut(bases: Bases, shapes: Mapping[str, tuple[int, int]], r: int) -> Bases:
+def _cut(bases: Bases, shapes: Mapping[str, tuple[int, int]]) -> Bases:
     """The bases without the rows and columns that no layer of the adapter uses."""
-    A, B = (tuple(map(slice, size)) for size in bases_shapes(shared_dims(shapes.values()), r))
-    return Bases(*(np.ascontiguousarray(basis[part]) for basis, part in zip(bases, (A, B), strict=True)))
+    return Bases(*map(np.ascontiguousarray, cut_bases(bases, shared_dims(shapes.values()))))

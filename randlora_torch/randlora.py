@@ -13,6 +13,7 @@ from randlora_torch.bases import BufferDict, LayerBases, layer_bases
 from randlora_torch.contraction import adapted_linear, plan_for
 from randlora_torch.gradients import Operands, UniqueBaseGrad, delta_weight, product_dtype
 from randlora_torch.layer import AdapterLayer, Frozen, compute_device
+from randlora_torch.sparse import SparseBasis
 from randlora_torch.step import Step, StepWeight, Update
 from randlora_torch.weights import PlainWeight
 
@@ -86,26 +87,26 @@ class RandLoraLayer(AdapterLayer):
         """Lambda (r, n) and gamma (n, min(out, in)) of an adapter."""
         return Factors(self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name])
 
-    def _bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None = None) -> LayerBases:
-        """This layer's part of the bases; B in `dtype`, or else as it is stored."""
-        A, B = self.randlora_A[adapter_name], self.randlora_B[adapter_name]
-        A = self.randlora_A.on(adapter_name, device, A.dtype)
-        B = self.randlora_B.on(adapter_name, device, dtype or B.dtype)
-        return layer_bases(Bases(A, B), (self.out_features, self.in_features))
+    def _bases(self, adapter_name: str, device: torch.device) -> LayerBases:
+        """This layer's part of the bases on a device, as they are stored: views of what all layers share."""
+        bases = Bases(self.randlora_A.on(adapter_name, device), self.randlora_B.on(adapter_name, device))
+        prefix = layer_bases(bases, (self.out_features, self.in_features))
+        return LayerBases(*prefix, self.randlora_B.scale(adapter_name))
 
     def get_scaled_bases(self, adapter_name: str, device: torch.device | None = None) -> ScaledBases:
         """A with lambda and gamma applied (r*n, d), and B (D, n*r); differentiable in lambda and gamma."""
         lam, gamma = self.factors(adapter_name)
         bases = self._bases(adapter_name, lam.device)
         scaled_A = UniqueBaseGrad.apply(bases.A[:, None].to(lam.dtype), lam, gamma)  # (r, n, d)
-        scaled = ScaledBases(scaled_A.flatten(end_dim=1), bases.B.to(lam.dtype).flatten(start_dim=1))
+        B = bases.B.to(lam.dtype) * bases.scale
+        scaled = ScaledBases(scaled_A.flatten(end_dim=1), B.flatten(start_dim=1))
         return scaled if device is None else ScaledBases(*(part.to(device) for part in scaled))
 
     def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "outputs inputs"]:
         """The update of an adapter in the (out, in) orientation of nn.Linear, in float32 or wider."""
         factors = self.factors(adapter_name)
-        bases = self._bases(adapter_name, factors.lam.device)
-        delta = delta_weight(*bases, *factors, scaling=self.scaling[adapter_name])  # (long, short)
+        A, B, scale = self._bases(adapter_name, factors.lam.device)
+        delta = delta_weight(A, B, *factors, scaling=self.scaling[adapter_name] * scale)  # (long, short)
         return delta if self.out_features >= self.in_features else delta.T
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,9 +117,9 @@ class RandLoraLayer(AdapterLayer):
         frozen = None if self._drops(names) else self._frozen(x)
         if self.step is not None:
             return self._step_forward(x, frozen, names)
-        if frozen is None or not self._folds(names[0], x, frozen):
-            return super().forward(x)
         update = self._update_of(names[0], x.device)
+        if frozen is None or not self._folds(update, x, frozen):
+            return super().forward(x)
         options = {**self._options(update), "dtype": frozen.dtype}
         result = adapted_linear(x, frozen.weight, frozen.bias, *update.operands, **options).to(frozen.result_dtype)
         for name in names[1:]:
@@ -145,20 +146,22 @@ class RandLoraLayer(AdapterLayer):
         dropouts = (self.randlora_dropout[name] for name in adapter_names)
         return any(dropout.training and not isinstance(dropout, nn.Identity) for dropout in dropouts)
 
-    def _folds(self, adapter_name: str, x: Tensor, frozen: Frozen) -> bool:
+    def _folds(self, update: Update, x: Tensor, frozen: Frozen) -> bool:
         """Whether W' is made for x, in forward or in backward; without, the base layer is best called as it is."""
-        r = self.r[adapter_name]
-        plan = plan_for(x, (self.out_features, self.in_features), r, frozen.dtype, self.plan, self.keep_weight)
+        plan = plan_for(x, update.operands, dtype=frozen.dtype, **self._options(update))
         return plan.fold_forward or (plan.fold_backward and torch.is_grad_enabled())
 
     def _update_of(self, adapter_name: str, device: torch.device) -> Update:
         factors = (part.to(device) for part in self.factors(adapter_name))
-        operands = Operands(*self._bases(adapter_name, device), *factors)
-        return Update(operands, self.scaling[adapter_name], self.out_features)
+        A, B, scale = self._bases(adapter_name, device)
+        sparse = self._sparse_basis(adapter_name, B) if device.type == "cpu" else None
+        return Update(Operands(A, B, *factors), self.scaling[adapter_name] * scale, self.out_features, sparse)
+
+    def _sparse_basis(self, adapter_name: str, codes: Tensor) -> SparseBasis | None:
+        return self.randlora_B.sparse(adapter_name, codes)
 
     def _options(self, update: Update) -> dict[str, Any]:
-        plan = {"plan": self.plan, "keep_weight": self.keep_weight}
-        return {"scaling": update.scaling, "out_features": update.out_features, **plan}
+        return {**update.options, "plan": self.plan, "keep_weight": self.keep_weight}
 
     def _update(self, adapter_name: str, x: Tensor) -> Tensor:
         update = self._update_of(adapter_name, x.device)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter
-from interop.bases import Bases, bases_digest
+from interop.bases import Bases, cut_bases, same_numbers
 from interop.errors import bulleted
-from randlora_torch.attach import AttachedAdapter, find_attached, held_triplets, saved_parameters
+from randlora_torch.attach import Attached, AttachedAdapter, find_attached, held_triplets, saved_parameters
 from randlora_torch.bases import to_numpy, to_torch
+from randlora_torch.extracting import held_bases
 from randlora_torch.extras import brought_by, embedding_parameters
 from randlora_torch.layer import AdapterLayer
 from randlora_torch.loading import Source, as_adapter, layer_shapes
@@ -108,10 +109,16 @@ def _differences(
         if taken:
             yield f"{taken[:4]} have triplets that the attached adapter had lost before"
         return
-    stored = zip((model._randlora.bases_A, model._randlora.bases_B), info.bases_dtypes, strict=True)
-    bases = Bases(*(to_numpy(held[adapter_name].to(dtype)) for held, dtype in stored))
-    if info.config.r == saved.config.r and bases_digest(bases) != bases_digest(saved.bases):
+    if info.config.r == saved.config.r and not _are_held(model._randlora, adapter_name, saved.bases):
         yield "bases: they are not the same (another seed, sparsity or recipe)"
+
+
+def _are_held(state: Attached, adapter_name: str, bases: Bases) -> bool:
+    """Whether these are the bases of an attached adapter, as far as it holds them."""
+    held, origin = held_bases(state, adapter_name), state.adapters[adapter_name].origin
+    if bases.dims != (held.dims if origin is None else origin.dims):
+        return False
+    return all(map(same_numbers, cut_bases(bases, held.dims), map(to_numpy, held)))
 
 
 def _holds(info: AttachedAdapter, config: AdaLoraConfig, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from randlora_torch.contraction import Quantized, folded_weight
 from randlora_torch.gradients import Operands, no_autocast
+from randlora_torch.sparse import SparseBasis
 
 
 class Update(NamedTuple):
@@ -18,6 +19,12 @@ class Update(NamedTuple):
     operands: Operands
     scaling: float
     out_features: int
+    sparse: SparseBasis | None = None  # B once more, if it is mostly zeros
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What functions of an update are told besides its operands."""
+        return {"scaling": self.scaling, "out_features": self.out_features, "sparse": self.sparse}
 
 
 class Step:
@@ -79,9 +86,8 @@ class StepWeight:
 
     def __init__(self, weight: Tensor | Quantized | None, updates: list[Update], dtype: torch.dtype) -> None:
         with torch.no_grad():
-            for operands, scaling, out_features in updates:
-                options = {"out_features": out_features, "scaling": scaling, "dtype": dtype}
-                weight = folded_weight(weight, *operands, **options)
+            for update in updates:
+                weight = folded_weight(weight, *update.operands, **update.options, dtype=dtype)
         self.weight: Tensor = weight
         self._updates = updates
         self._versions = self._current_versions()
@@ -108,10 +114,10 @@ class StepWeight:
         if self._versions != self._current_versions():
             raise RuntimeError("lambda or gamma changed since W' was made: call optimizer.step() after the block.")
         found = []
-        for operands, scaling, out_features in self._updates:
+        for operands, scaling, out_features, sparse in self._updates:
             with torch.no_grad(), no_autocast(self._grad):
                 tall = out_features == operands.bases_B.shape[0]
-                grads = operands.project(self._grad, scaling, tall)
+                grads = operands.project(self._grad, scaling, tall, sparse)
             found += zip((operands.lam, operands.gamma), grads, strict=True)
         return [(tensor, grad) for tensor, grad in found if tensor.requires_grad]
 

@@ -414,10 +414,10 @@ def test_the_printed_line_is_pefts_with_the_bytes_of_the_bases_below(capsys):
     adapter = init(config("all-linear", r=4), params)
     print_trainable_parameters(adapter, params)
     # n = 10 bases: lambda 4 x 10 and gamma 10 x 40 in each of two layers, over 4000 weights.
-    # The bases are for 50 x 50 (PEFT's rule), n = 13, in bfloat16: A 4 x 50, B 50 x 13 x 4.
+    # PEFT's bases are for 50 x 50, n = 13. Here is what the layers use, in bfloat16: A 4 x 40, B 50 x 10 x 4.
     assert capsys.readouterr().out == (
         "trainable params: 880 || all params: 4,880 || trainable%: 18.0328\n"
-        "frozen bases: 5,600 bytes, shared by 2 layers\n"
+        "frozen bases: 4,320 bytes, shared by 2 layers\n"
     )
 
 

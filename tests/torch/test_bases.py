@@ -76,7 +76,7 @@ def assert_holds(bases, wanted=None):
     assert bases["a"] is bases["c"]
 
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 
 
 def test_a_buffer_dict_is_a_mapping_from_names_to_tensors():
@@ -141,51 +141,67 @@ def test_moving_a_model_moves_what_its_layers_share_once_and_drops_the_copies():
         holder = nn.Module()
         holder.bases, holder.layer = BufferDict(held()), nn.Module()
         holder.layer.bases = bases = holder.bases
-        bases.on("b", CPU, torch.float32)
+        bases.on("b", torch.device("cuda:1"))
         holder.to("cuda:0", torch.float16)
         assert {name: tensor.device.type for name, tensor in bases.items()} == dict.fromkeys("abc", "cuda")
         assert {name: tensor.dtype for name, tensor in bases.items()} == {n: t.dtype for n, t in held().items()}
         assert bases["a"] is bases["c"]
         assert bases.nbytes == 12 * 4 + 2 * 2
-        assert bases.on("a", CPU, torch.float32).device == CPU
+        assert bases.on("a", CPU).device == CPU
         moved = bases["a"]
         holder.half()
         assert bases["a"] is moved
 
 
-def test_a_tensor_is_given_as_it_is_held_or_as_a_copy_that_is_made_once():
-    bases = BufferDict(held())
-    assert bases.on("a", CPU, torch.float32) is bases["a"]
-    copy_of_a = bases.on("a", CPU, torch.bfloat16)
-    torch.testing.assert_close(copy_of_a, held()["a"].bfloat16(), rtol=0, atol=0)
-    assert bases.on("a", CPU, torch.bfloat16) is copy_of_a
-    assert bases.on("c", CPU, torch.bfloat16) is copy_of_a
-    assert bases.on("a", CPU, torch.float16) is not copy_of_a
-    assert bases.nbytes == 12 * 4 + 2 * 2 + 2 * 12 * 2
-    assert bases.on("a", torch.device("meta"), torch.float16).device.type == "meta"
-    assert bases.nbytes == 12 * 4 + 2 * 2 + 2 * 12 * 2
-    assert_holds(bases)
+def test_a_tensor_is_given_as_it_is_stored_or_as_a_copy_on_another_device_that_is_made_once():
+    with FakeTensorMode():
+        bases = BufferDict(held())
+        assert bases.on("a", CPU) is bases["a"]
+        copy_of_a = bases.on("a", CUDA)
+        assert (copy_of_a.device, copy_of_a.dtype) == (CUDA, torch.float32)
+        assert bases.on("a", CUDA) is bases.on("c", CUDA) is copy_of_a
+        assert bases.on("b", CUDA).dtype == torch.bfloat16
+        assert bases.nbytes == 2 * (12 * 4 + 2 * 2)
+        assert bases.on("a", torch.device("meta")).device.type == "meta"
+        assert bases.nbytes == 2 * (12 * 4 + 2 * 2)
 
 
 def test_a_copy_is_not_kept_longer_than_what_it_is_a_copy_of():
-    bases = BufferDict(held())
-    for name in bases:
-        bases.on(name, CPU, torch.float16)
-    bases["a"] = torch.full((2,), 5.0)
-    torch.testing.assert_close(bases.on("a", CPU, torch.float16), torch.full((2,), 5.0).half(), rtol=0, atol=0)
-    torch.testing.assert_close(bases.on("c", CPU, torch.float16), held()["c"].half(), rtol=0, atol=0)
-    del bases["b"], bases["c"]
-    assert bases.nbytes == 2 * 4 + 2 * 2
+    with FakeTensorMode():
+        bases = BufferDict(held())
+        copies = {name: bases.on(name, CUDA) for name in bases}
+        bases["a"] = torch.full((2,), 5.0)
+        assert bases.on("a", CUDA).shape == (2,)
+        assert bases.on("c", CUDA) is copies["c"]
+        del bases["b"], bases["c"]
+        assert bases.nbytes == 2 * (2 * 4)
 
 
 def test_a_copy_that_was_made_while_serving_trains_later():
-    bases = BufferDict(held())
-    with torch.inference_mode():
-        copy_of_a = bases.on("a", CPU, torch.float64)
-    assert not copy_of_a.is_inference()
-    x = torch.ones(4, dtype=torch.float64, requires_grad=True)
-    (x @ copy_of_a).sum().backward()
-    torch.testing.assert_close(x.grad, held()["a"].double().sum(1), rtol=0, atol=0)
+    with FakeTensorMode():
+        bases = BufferDict(held())
+        with torch.inference_mode():
+            assert not bases.on("a", CUDA).is_inference()
+
+
+def test_codes_are_given_as_numbers_and_move_and_are_counted_as_codes():
+    bases = BufferDict()
+    codes = torch.tensor([[1, 0, -1], [0, 0, 1]], dtype=torch.int8)
+    bases.hold("a", codes, 0.3)
+    bases["b"] = torch.ones(2)
+    torch.testing.assert_close(bases["a"], codes.float() * torch.tensor(0.3), rtol=0, atol=0)
+    assert bases.on("a", CPU) is bases.stored("a") is codes
+    assert [bases.scale(name) for name in bases] == [0.3, 1.0]
+    assert bases.nbytes == 6 + 2 * 4
+    nn.ModuleList([bases]).half()
+    assert bases.stored("a") is codes
+    twin = copy.deepcopy(bases)
+    torch.testing.assert_close(twin["a"], bases["a"], rtol=0, atol=0)
+    bases["a"] = torch.zeros(1)
+    assert (bases.scale("a"), twin.scale("a")) == (1.0, 0.3)
+    del twin["a"]
+    twin["a"] = torch.ones(1)
+    assert twin.scale("a") == 1.0
 
 
 def through_pickle(module):
@@ -197,7 +213,7 @@ def through_pickle(module):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
 def test_a_duplicate_shares_its_own_bases_among_its_layers_and_names_without_the_copies(duplicate):
     holder = Holder()
-    holder.bases.on("a", CPU, torch.float16)
+    holder.bases._copies["a", CUDA] = torch.ones(5)  # as a layer on that device had it made
     twin = duplicate(holder)
     assert twin.first.bases is twin.second.bases is twin.bases
     assert twin.bases is not holder.bases
