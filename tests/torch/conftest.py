@@ -1,5 +1,9 @@
 """What the tests of this folder share: small models, adapters with random values, and how results are compared."""
 
+import importlib
+import sys
+from types import ModuleType
+
 import numpy as np
 import oracle
 import pytest
@@ -33,6 +37,32 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+_unchecked: dict[str, ModuleType] = {}
+
+
+def package_modules():
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "randlora_torch"}
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """The package imported once more, without the suite's type checks, which dynamo cannot trace.
+
+    Once for all tests: dynamo keeps what it finds of a package under its modules' names.
+    """
+    checked = package_modules()
+    for name in checked:
+        del sys.modules[name]
+    sys.modules.update(_unchecked)
+    finders = [finder for finder in sys.meta_path if "jaxtyping" not in type(finder).__module__]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    yield importlib.import_module("randlora_torch")
+    _unchecked.update(package_modules())
+    for name in package_modules():
+        del sys.modules[name]
+    sys.modules.update(checked)
 
 
 @pytest.fixture

@@ -3,10 +3,8 @@
 The aot_eager backend traces forward and backward as inductor does, and generates no code, which takes most of the time.
 """
 
-import importlib
 import io
 import shutil
-import sys
 
 import pytest
 import torch
@@ -22,25 +20,13 @@ X = torch.randn(5, 16, generator=torch.Generator().manual_seed(1))
 IDS = torch.randint(40, (2, 6), generator=torch.Generator().manual_seed(1))
 
 
-def package_modules():
-    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "randlora_torch"}
-
-
 @pytest.fixture(autouse=True)
-def randlora(monkeypatch):
-    """The package imported once more, for a test, without the suite's type checks, which dynamo cannot trace."""
-    checked = package_modules()
-    for name in checked:
-        del sys.modules[name]
-    finders = [finder for finder in sys.meta_path if "jaxtyping" not in type(finder).__module__]
-    monkeypatch.setattr(sys, "meta_path", finders)
+def randlora(unchecked, monkeypatch):
+    """The package without the suite's type checks."""
     for method in ("_load_from_checkpoint", "_load_best_model"):  # which this second package may wrap
         monkeypatch.setattr(Trainer, method, getattr(Trainer, method))
     torch._dynamo.reset()
-    yield importlib.import_module("randlora_torch")
-    for name in package_modules():
-        del sys.modules[name]
-    sys.modules.update(checked)
+    return unchecked
 
 
 def mlp():

@@ -1,8 +1,6 @@
 """One adapted layer: its forward pass, its several adapters, merging and unmerging."""
 
 import copy
-import importlib
-import sys
 
 import numpy as np
 import oracle
@@ -367,24 +365,6 @@ def test_backward_of_a_layer_keeps_no_tensor_of_the_size_of_its_bases(dtype):
     storages = {tensor.untyped_storage().data_ptr() for tensor in given}
     assert {tensor.untyped_storage().data_ptr() for tensor in kept} <= storages
     assert (layer.randlora_A.nbytes, layer.randlora_B.nbytes) == (A.nbytes, B.nbytes)
-
-
-def package_modules():
-    return {name: module for name, module in sys.modules.items() if name.split(".")[0] == "randlora_torch"}
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """The package imported once more, without the suite's type checks, which dynamo cannot trace."""
-    checked = package_modules()
-    for name in checked:
-        del sys.modules[name]
-    finders = [finder for finder in sys.meta_path if "jaxtyping" not in type(finder).__module__]
-    monkeypatch.setattr(sys, "meta_path", finders)
-    yield importlib.import_module("randlora_torch")
-    for name in package_modules():
-        del sys.modules[name]
-    sys.modules.update(checked)
 
 
 @pytest.mark.parametrize("case", [CASES["wide"], CASES["tall"], Case((8, 8), 3)], ids=["wide", "tall", "square"])
