@@ -20,7 +20,7 @@ from interop.storage import Origin, Stored, Used, restore, store
 class HeldBasis(struct.PyTreeNode, eq=False):
     """B where it is held in another way than in files: in a narrower dtype, or without what no layer uses.
 
-    A pytree of one array. `np.asarray` and `astype` give its numbers, those that are held.
+    A pytree of one array. `np.asarray`, `astype` and slicing give its numbers, those that are held.
 
     Attributes:
         values: (max_dim, n, r) in bfloat16 or float16, or the int8 codes of a ternary basis.
@@ -37,6 +37,7 @@ class HeldBasis(struct.PyTreeNode, eq=False):
     shape = property(lambda self: self.values.shape)
     ndim = property(lambda self: self.values.ndim)
     size = property(lambda self: self.values.size)
+    sharding = property(lambda self: self.values.sharding)
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +48,9 @@ class HeldBasis(struct.PyTreeNode, eq=False):
         """The numbers as an array."""
         wide = self.values.astype(jnp.float32)
         return (wide * jnp.float32(self.scale) if self.values.dtype == jnp.int8 else wide).astype(dtype)
+
+    def __getitem__(self, index: Any) -> Array:
+        return self.astype(self.dtype)[index]
 
     def __jax_array__(self) -> Array:
         return self.astype(self.dtype)

@@ -426,7 +426,7 @@ def test_the_rounded_product_is_that_of_rounded_operands_in_float64():
     adapter = dataclasses.replace(adapter_of(case), dtype=np.dtype(jnp.bfloat16))
     params = case.model.params
     got = kernels_of(effective_params(params, adapter), case.targets)
-    A, B = float64(adapter.bases)
+    A, B = float64(tuple(map(np.asarray, adapter.bases)))
     for name, (out, inp) in adapter.shapes:
         lam, gamma = float64(adapter.factors[name])
         (r, n), short = lam.shape, min(out, inp)

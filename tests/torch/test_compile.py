@@ -107,6 +107,12 @@ def test_a_compiled_model_computes_the_output_and_the_gradients_of_the_eager_one
     assert_equals_eager(compiled(model), model, MODELS[kind][2])
 
 
+def test_a_compiled_model_computes_with_the_codes_of_ternary_bases(randlora):
+    model = adapted(randlora, very_sparse=True)
+    assert model.randlora_B.stored("default").dtype == torch.int8
+    assert_equals_eager(compiled(model), model, MODELS["MLP"][2])
+
+
 def test_the_loss_of_a_llama_compiles_with_the_labels(randlora):
     model = adapted(randlora, "Llama")
     assert_equals_eager(compiled(model), model, lambda model: model(input_ids=IDS, labels=IDS).loss)
