@@ -239,7 +239,9 @@ def trainable_report(adapter: AnyAdapter, params: Any) -> str:
 
 def _is_adapters(parts: tuple[str, ...]) -> bool:
     """Whether this is the path of an attached adapter's own array, in an NNX model or in linen variables."""
-    return parts[-1].startswith("randlora_") or (parts[-1] in PARTS[SVDFactors] and parts[-3:-2] == ("adapters",))
+    held = parts[-1] == "values" and "randlora_B" in parts[-3:-1]  # the array of a `HeldBasis`, perhaps in a box
+    own = held or parts[-1].startswith("randlora_")
+    return own or (parts[-1] in PARTS[SVDFactors] and parts[-3:-2] == ("adapters",))
 
 
 def print_trainable_parameters(adapter: AnyAdapter, params: Any) -> None:
