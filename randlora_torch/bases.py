@@ -67,7 +67,8 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
 
     A ternary basis is held as int8 codes and their scale. `held[name]` gives its numbers all the same, in float32 and
     computed each time; layers use `on` and `scale`. Of the bases of a model's adapter, the part is here that its layers
-    use; `extract` gives all of them.
+    use; `extract` gives all of them. What is held in 16 bits is held in float32 from the moment on in which the CPU
+    multiplies in float32: at each use, converting it would cost a step of few tokens up to a sixth of its time.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -75,10 +76,13 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
         self._tensors: dict[str, Tensor] = dict(tensors or {})
         self._scales: dict[str, float] = {}  # of codes
         self._copies: dict[tuple[str, torch.device], Tensor] = {}
+        self._narrow: dict[str, torch.dtype] = {}  # of what is held in float32 and loses nothing in 16 bits
         self._sparse: dict[tuple[str, tuple[int, ...]], SparseBasis | None] = {}
 
-    def on(self, name: str, device: torch.device) -> Tensor:
-        """The tensor as it is stored, on a device; a copy is made the first time it is asked for, and kept."""
+    def on(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor as it is stored, on a device, for products in `dtype`; a copy on another device is kept."""
+        if dtype == torch.float32 and device.type == "cpu" and not torch.compiler.is_compiling():
+            self._widen(name)
         tensor = self._tensors[name]
         if tensor.device == device:
             return tensor
@@ -88,9 +92,17 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
             twins = (key for key in self._copies if key[1] == device and self._tensors[key[0]] is tensor)
             twin = next(twins, None)
             with torch.inference_mode(False):  # a copy made while serving must also serve training
-                copy = self._copies[twin] if twin else tensor.to(device)
+                copy = self._copies[twin] if twin else tensor.to(device, self._narrow.get(name))
             self._copies[name, device] = copy
         return self._copies[name, device]
+
+    def _widen(self, name: str) -> None:
+        tensor = self._tensors[name]
+        if tensor.device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16):
+            with torch.inference_mode(False):
+                wide = tensor.float()
+            for twin in [twin for twin, other in self._tensors.items() if other is tensor]:
+                self._tensors[twin], self._narrow[twin] = wide, tensor.dtype
 
     def sparse(self, name: str, part: Tensor) -> SparseBasis | None:
         """A part (D, n, r) of the stored tensor for sparse products, if they pay: made when it is first asked for."""
@@ -149,17 +161,18 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
     def _forget(self, name: str) -> None:
         """Drop what belongs to the tensor that a name had."""
         self._scales.pop(name, None)
+        self._narrow.pop(name, None)
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] != name}
         self._sparse = {key: basis for key, basis in self._sparse.items() if key[0] != name}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "BufferDict":
         """Follow a change of device (`model.to`, `.cuda`); `fn` itself (`.half`, `to_empty`) might destroy the data."""
         moved: dict[int, Tensor] = {}
-        for tensor in self._tensors.values():
+        for name, tensor in self._tensors.items():
             device = fn(tensor.new_empty(0)).device
             stays = device.type == "meta" or device == tensor.device
-            moved.setdefault(id(tensor), tensor if stays else tensor.to(device))
+            moved.setdefault(id(tensor), tensor if stays else tensor.to(device, self._narrow.get(name)))
         if any(moved[id(tensor)] is not tensor for tensor in self._tensors.values()):
             self._tensors = {name: moved[id(tensor)] for name, tensor in self._tensors.items()}
-            self._copies, self._sparse = {}, {}
+            self._copies, self._sparse, self._narrow = {}, {}, {}
         return self

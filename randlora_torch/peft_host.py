@@ -123,7 +123,7 @@ class _Hosted:
             if name in self._modules:
                 self.__dict__[name] = self._modules.pop(name)
 
-    def _bases(self, adapter_name: str, device: torch.device) -> LayerBases:
+    def _bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None = None) -> LayerBases:
         bases = Bases(*(_on(held, adapter_name, device) for held in (self.randlora_A, self.randlora_B)))
         return LayerBases(*layer_bases(bases, (self.out_features, self.in_features)))
 

@@ -87,9 +87,9 @@ class RandLoraLayer(AdapterLayer):
         """Lambda (r, n) and gamma (n, min(out, in)) of an adapter."""
         return Factors(self.randlora_lambda[adapter_name], self.randlora_gamma[adapter_name])
 
-    def _bases(self, adapter_name: str, device: torch.device) -> LayerBases:
-        """This layer's part of the bases on a device, as they are stored: views of what all layers share."""
-        bases = Bases(self.randlora_A.on(adapter_name, device), self.randlora_B.on(adapter_name, device))
+    def _bases(self, adapter_name: str, device: torch.device, dtype: torch.dtype | None = None) -> LayerBases:
+        """This layer's part of the bases for products in `dtype`, as stored: views of what all layers share."""
+        bases = Bases(self.randlora_A.on(adapter_name, device), self.randlora_B.on(adapter_name, device, dtype))
         prefix = layer_bases(bases, (self.out_features, self.in_features))
         return LayerBases(*prefix, self.randlora_B.scale(adapter_name))
 
@@ -117,8 +117,10 @@ class RandLoraLayer(AdapterLayer):
         frozen = None if self._drops(names) else self._frozen(x)
         if self.step is not None:
             return self._step_forward(x, frozen, names)
-        update = self._update_of(names[0], x.device)
-        if frozen is None or not self._folds(update, x, frozen):
+        if frozen is None:
+            return super().forward(x)
+        update = self._update_of(names[0], x.device, frozen.dtype)
+        if not self._folds(update, x, frozen):
             return super().forward(x)
         options = {**self._options(update), "dtype": frozen.dtype}
         result = adapted_linear(x, frozen.weight, frozen.bias, *update.operands, **options).to(frozen.result_dtype)
@@ -131,7 +133,7 @@ class RandLoraLayer(AdapterLayer):
 
         def over(x: Tensor, weight: Any, bias: Tensor | None, names: list[str], dtype: torch.dtype) -> Tensor:
             def make() -> StepWeight:
-                return StepWeight(weight, [self._update_of(name, x.device) for name in names], dtype)
+                return StepWeight(weight, [self._update_of(name, x.device, dtype) for name in names], dtype)
 
             return self.step.linear((self, weight is None, *names, dtype, x.device), x, make, bias)
 
@@ -151,9 +153,9 @@ class RandLoraLayer(AdapterLayer):
         plan = plan_for(x, update.operands, dtype=frozen.dtype, **self._options(update))
         return plan.fold_forward or (plan.fold_backward and torch.is_grad_enabled())
 
-    def _update_of(self, adapter_name: str, device: torch.device) -> Update:
+    def _update_of(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> Update:
         factors = (part.to(device) for part in self.factors(adapter_name))
-        A, B, scale = self._bases(adapter_name, device)
+        A, B, scale = self._bases(adapter_name, device, dtype)
         sparse = self._sparse_basis(adapter_name, B) if device.type == "cpu" else None
         return Update(Operands(A, B, *factors), self.scaling[adapter_name] * scale, self.out_features, sparse)
 
@@ -164,7 +166,7 @@ class RandLoraLayer(AdapterLayer):
         return {**update.options, "plan": self.plan, "keep_weight": self.keep_weight}
 
     def _update(self, adapter_name: str, x: Tensor) -> Tensor:
-        update = self._update_of(adapter_name, x.device)
+        update = self._update_of(adapter_name, x.device, product_dtype(x))
         return adapted_linear(self._dropped(adapter_name, x), None, None, *update.operands, **self._options(update))
 
 

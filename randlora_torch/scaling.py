@@ -33,4 +33,5 @@ def factor_grads(
 ) -> FactorGrads:
     """Gradients of lambda and gamma from the gradient of `scale_bases`; the frozen A needs none."""
     weighted = grad.reshape(*lam.shape, -1) * bases_A[:, None, :]  # (r, n, d)
-    return FactorGrads(torch.einsum("rnd,nd->rn", weighted, gamma), torch.einsum("rnd,rn->nd", weighted, lam))
+    grad_gamma = torch.bmm(lam.T[:, None, :], weighted.transpose(0, 1))[:, 0]  # the sum over r, for each of n
+    return FactorGrads(torch.linalg.vecdot(weighted, gamma), grad_gamma)
