@@ -74,9 +74,9 @@ def main() -> None:
 
 def check_losses(hidden: int = 128) -> None:
     """20 steps by every plan, and once per step, against PEFT's."""
-    ids = llama.batches(STEPS, 2)[:, :, :64]
+    ids = llama.batches(1, 2)[:, :, :64].expand(STEPS, -1, -1)  # one batch again and again, to be learned
     want = losses(llama.pefts(llama.base(hidden)), ids, once=False)
-    assert want[0] - want[-1] > 0.3, want
+    assert want[0] - want[-1] > 0.1, want
     for plan in (*("factored", "folded", "auto"), "once"):
         model = llama.ours(llama.base(hidden))
         randlora_torch.set_plan(model, "auto" if plan == "once" else plan)

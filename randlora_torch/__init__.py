@@ -13,6 +13,7 @@ from randlora_torch.extracting import extract
 from randlora_torch.folding import fold_once, set_plan
 from randlora_torch.gradients import UniqueBaseGrad, delta_weight
 from randlora_torch.kbit import prepare_model_for_kbit_training
+from randlora_torch.kernel_choice import kernel_choices, set_kernels
 from randlora_torch.merging import Rounding
 from randlora_torch.model import AdaLoraModel, RandLoraModel, get_peft_model, load_adapter
 from randlora_torch.randlora import Linear, RandLoraLayer
@@ -43,10 +44,12 @@ __all__ = [
     "fold_once",
     "folded_weight",
     "get_peft_model",
+    "kernel_choices",
     "layer_bases",
     "load_adapter",
     "make_bases",
     "prepare_model_for_kbit_training",
+    "set_kernels",
     "set_plan",
 ]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from interop import RandLoraConfig
-from randlora_torch import RandLoraLayer, extract, get_peft_model, load_adapter
+from randlora_torch import RandLoraLayer, extract, get_peft_model, load_adapter, set_plan
 from randlora_torch.bases import to_numpy
 from tests.torch.conftest import (
     QUANTIZATIONS,
@@ -115,6 +115,41 @@ def test_a_training_layer_computes_with_the_dequantized_weight_plus_dw(llama_fol
         for parameter, expected in zip(layer.factors("default"), want, strict=True):
             assert parameter.grad.dtype == F32
             assert relative_error(parameter.grad, expected) < bound
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_what_kernels_read_of_a_quantized_weight_stands_for_the_same_numbers(llama_folder, kind):
+    for _, layer in layers_of(adapted(llama_folder, kind)):
+        packed = layer.packed()
+        assert packed.shape == (layer.out_features, layer.in_features)
+        torch.testing.assert_close(packed.dequantize(), dequantized(layer.base_layer), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("plan", ["factored", "folded"])
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+def test_both_plans_train_a_quantized_llama_alike(llama_folder, kind, plan):
+    model = adapted(llama_folder, kind).train()
+    set_plan(model, plan)
+    loss_of(model)  # in the first call, bitsandbytes settles in what dtype it computes
+    loss = loss_of(model)
+    loss.backward()
+    twin = plain_twin(model, llama_folder, updated)
+    want = loss_of(twin)
+    want.backward()
+    assert relative_error(loss, want) < 1e-5
+    for name, layer in layers_of(model):
+        expected = oracle_gradients(layer, twin.get_submodule(name).weight.grad)
+        for parameter, exact in zip(layer.factors("default"), expected, strict=True):
+            assert relative_error(parameter.grad, exact) < 1e-5
+
+
+def test_an_8_bit_layer_answers_folded_as_its_dequantized_weight_does_in_inference_too(llama_folder):
+    model = adapted(llama_folder, "int8-all").eval()
+    twin, errors = plain_twin(model, llama_folder, updated), {}
+    for plan in ("factored", "folded"):
+        set_plan(model, plan)
+        errors[plan] = relative_error(output(model), output(twin))
+    assert errors["folded"] < 1e-5 < 1e-3 < errors["factored"]  # bitsandbytes rounds inputs to int8, folding does not
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
