@@ -91,7 +91,9 @@ class _AdaptedLinear(torch.autograd.Function):
                 return linear(rows, call.fold(weight, operands), bias)
             left, right = operands.matrices(call.scaling, call.dtype, call.tall)
             update, frozen = (rows @ right.T) @ left.T, call.frozen(weight)
-            return update if frozen is None else linear(rows, frozen.to(call.dtype), bias) + update
+            if frozen is None:
+                return update if bias is None else update + bias
+            return linear(rows, frozen.to(call.dtype), bias) + update
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
