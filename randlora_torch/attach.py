@@ -179,7 +179,7 @@ def check_request(model: nn.Module, adapter_name: str) -> None:
     """
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name={adapter_name!r}: pass a string.")
-    taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict, BufferDict))
+    taken = any(hasattr(container(), adapter_name) for container in (nn.ModuleDict, nn.ParameterDict))
     if not adapter_name or any(mark in adapter_name for mark in "./\\\0") or taken or adapter_name == BASE_ROWS:
         raise ValueError(
             f"adapter_name={adapter_name!r}: must be a non-empty name without dots and slashes that is no attribute of"

@@ -104,7 +104,7 @@ class BufferDict(nn.Module, MutableMapping[str, Tensor]):
             for twin in [twin for twin, other in self._tensors.items() if other is tensor]:
                 self._tensors[twin], self._narrow[twin] = wide, tensor.dtype
 
-    def sparse(self, name: str, part: Tensor) -> SparseBasis | None:
+    def sparse_basis(self, name: str, part: Tensor) -> SparseBasis | None:
         """A part (D, n, r) of the stored tensor for sparse products, if they pay: made when it is first asked for."""
         if torch.compiler.is_compiling():
             return None

@@ -160,7 +160,7 @@ class RandLoraLayer(AdapterLayer):
         return Update(Operands(A, B, *factors), self.scaling[adapter_name] * scale, self.out_features, sparse)
 
     def _sparse_basis(self, adapter_name: str, codes: Tensor) -> SparseBasis | None:
-        return self.randlora_B.sparse(adapter_name, codes)
+        return self.randlora_B.sparse_basis(adapter_name, codes)
 
     def _options(self, update: Update) -> dict[str, Any]:
         return {**update.options, "plan": self.plan, "keep_weight": self.keep_weight}

@@ -24,7 +24,7 @@ def scale_bases(
     bases_A: Float[Tensor, "r d"], lam: Float[Tensor, "r n"], gamma: Float[Tensor, "n d"]
 ) -> Float[Tensor, "r*n d"]:
     """Rows `lam[k, b] * bases_A[k] * gamma[b]`, row index `k*n + b` as PEFT flattens them."""
-    scaled = (lam[:, :, None] * gamma).mul_(bases_A[:, None])  # one large array is made, not two
+    scaled = (lam[:, :, None] * bases_A[:, None]).mul_(gamma)  # one large array is made, not two
     return scaled.reshape(-1, scaled.shape[-1])
 
 

@@ -59,7 +59,7 @@ def test_a_llama_on_a_mesh_trains_as_on_one_device_and_its_file_holds_whole_arra
     text = "\n".join(lines)
     assert "mesh {'fsdp': 4, 'tp': 2}" in text
     assert "kernel (64, 128): (16, 64)" in text  # an eighth on each device
-    assert "bases B (128, 8, 16): (32, 8, 16)" in text
+    assert "bases B (128, 4, 16): (32, 4, 16)" in text
     assert len(trained_modules(tmp_path / "adapter")) == 7
     adapter = interop.load(tmp_path / "adapter")
     assert adapter.factors["model.layers.0.mlp.up_proj"].gamma.shape == (4, 64)

@@ -109,6 +109,8 @@ def test_twenty_adam_steps_of_a_classifier_are_pefts(fields):
     torch.testing.assert_close(output(model), peft_output(peft_model), rtol=0, atol=1e-5)
     named = {name.removeprefix("base_model.model."): p for name, p in peft_model.named_parameters()}
     for name, parameter in model.named_parameters():
+        if name.endswith("key.bias"):  # attention ignores it: its gradient is rounding, which Adam blows up
+            continue
         torch.testing.assert_close(parameter.data, named[name].data, rtol=0, atol=1e-5)
 
 
