@@ -37,7 +37,7 @@ lint: $(INSTALLED)
 
 check: lint test  ## what CI runs
 
-BENCHMARKS := bases checkpoint convert memory layer_step model_step accumulation jax_step
+BENCHMARKS := model_step layer_step accumulation jax_step memory bases checkpoint convert
 bench: $(INSTALLED)  ## measure what the README claims, into benchmarks/results, all of it even if a claim fails
 	failed=; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
 		test -z "$$failed" || { echo "claims failed:$$failed"; exit 1; }

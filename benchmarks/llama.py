@@ -19,7 +19,7 @@ def base(hidden: int) -> LlamaForCausalLM:
     """Two layers of random weights, the same at each call."""
     torch.manual_seed(0)
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
-    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 43 // 16, "num_hidden_layers": 2}
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 21 // 8, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads, vocab_size=VOCABULARY))
 
 

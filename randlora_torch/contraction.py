@@ -90,10 +90,10 @@ class _AdaptedLinear(torch.autograd.Function):
             if call.plan.fold_forward:
                 return linear(rows, call.fold(weight, operands), bias)
             left, right = operands.matrices(call.scaling, call.dtype, call.tall)
-            update, frozen = (rows @ right.T) @ left.T, call.frozen(weight)
+            hidden, frozen = rows @ right.T, call.frozen(weight)
             if frozen is None:
-                return update if bias is None else update + bias
-            return linear(rows, frozen.to(call.dtype), bias) + update
+                return linear(hidden, left, bias)
+            return _plus_product(linear(rows, frozen.to(call.dtype), bias), hidden, left.T)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -149,11 +149,18 @@ def _factored_backward(
         hidden = grad @ left  # (T, k)
     if needs.x:
         grad_x, frozen = hidden @ right, call.frozen(weight)
-        grad_x = grad_x if frozen is None else grad_x + grad @ frozen.to(call.dtype)
+        grad_x = grad_x if frozen is None else _plus_product(grad_x, grad, frozen.to(call.dtype))
     if needs.factors:  # y = (x U^T) B^T, or (x B) U
         grad_scaled_A = hidden.T @ x if call.tall else (x @ right.T).T @ grad
         factors = operands.grads(grad_scaled_A, call.scaling)
     return _Grads(grad_x, grad.T @ x if needs.weight else None, factors)
+
+
+def _plus_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right`, in place of a total that nobody else has, where it can be."""
+    if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or total.numel() == 0:
+        return total + left @ right
+    return total.view(-1, total.shape[-1]).addmm_(left.reshape(-1, left.shape[-1]), right).view(total.shape)
 
 
 class _FoldedWeight(torch.autograd.Function):

@@ -120,7 +120,7 @@ class RandLoraLayer(AdapterLayer):
         if frozen is None:
             return super().forward(x)
         update = self._update_of(names[0], x.device, frozen.dtype)
-        if not self._folds(update, x, frozen):
+        if not self._joins(update, x, frozen):
             return super().forward(x)
         options = {**self._options(update), "dtype": frozen.dtype}
         result = adapted_linear(x, frozen.weight, frozen.bias, *update.operands, **options).to(frozen.result_dtype)
@@ -148,8 +148,13 @@ class RandLoraLayer(AdapterLayer):
         dropouts = (self.randlora_dropout[name] for name in adapter_names)
         return any(dropout.training and not isinstance(dropout, nn.Identity) for dropout in dropouts)
 
-    def _folds(self, update: Update, x: Tensor, frozen: Frozen) -> bool:
-        """Whether W' is made for x, in forward or in backward; without, the base layer is best called as it is."""
+    def _joins(self, update: Update, x: Tensor, frozen: Frozen) -> bool:
+        """Whether the base's product is a part of the update's: where W' is made, or one product is added to the other.
+
+        Not with plan="factored": as in PEFT, the base layer is called, and the update added to what it gives.
+        """
+        if self.plan == "auto" and torch.is_grad_enabled() and isinstance(frozen.weight, Tensor):
+            return True
         plan = plan_for(x, update.operands, dtype=frozen.dtype, **self._options(update))
         return plan.fold_forward or (plan.fold_backward and torch.is_grad_enabled())
 
