@@ -31,7 +31,7 @@ def test_the_first_screen_names_the_paper_the_commands_and_the_installation():
         assert any(word in line for line in lines[:within]), word
 
 
-@pytest.mark.parametrize("result", ["checkpoint"])
+@pytest.mark.parametrize("result", ["accumulation", "checkpoint", "model_step"])
 def test_every_measured_table_of_the_readme_is_one_that_a_benchmark_wrote(result):
     written = (README.parent / "benchmarks" / "results" / f"{result}.md").read_text(encoding="utf-8")
     table = [line for line in written.splitlines() if line.startswith("|")]
