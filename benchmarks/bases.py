@@ -3,7 +3,6 @@
 Run `python benchmarks/bases.py`. Claim: numpy takes at most three times as long as torch, once per adapter.
 """
 
-import statistics
 from functools import partial
 
 import measure
@@ -22,6 +21,7 @@ KINDS = {"dense": {}, "sparse": {"sparse": True}, "very_sparse": {"very_sparse":
 def main() -> None:
     """Measure all kinds and sizes, and check the claim."""
     rows: list[tuple[str, ...]] = [("bases", "size", "ours, ms", "PEFT, ms", "ours / PEFT")]
+    bars: dict[str, list[tuple[float, float, float]]] = {}
     for kind, flags in KINDS.items():
         for long, short in SIZES:
             ours = partial(interop.make_bases, interop.RandLoraConfig(r=32, **flags), max_dim=long, min_dim=short)
@@ -29,10 +29,13 @@ def main() -> None:
             for mine, other in zip(ours(), theirs(), strict=True):
                 assert np.array_equal(mine.astype(np.float32), other.float().numpy()), "the bits differ"
             seconds = measure.alternate({"ours": ours, "peft": theirs}, rounds=5)
-            ratio = statistics.median(seconds["ours"]) / statistics.median(seconds["peft"])
+            ratio = measure.ratio(seconds, "ours", "peft")
+            bars.setdefault(kind, []).append(measure.bar(measure.ratios(seconds, "ours", "peft")))
             rows.append((kind, f"{long} x {short}", *map(measure.spread, seconds.values()), f"{ratio:.2f}"))
             assert ratio < 3, f"{kind} {long}x{short}: {ratio:.2f} times PEFT's time"
     measure.write("bases", "Seed to bases, r = 32", rows, packages=("numpy", "torch", "peft"))
+    sizes = [f"{long} x {short}" for long, short in SIZES]
+    measure.draw("bases", "Seed to bases, r = 32: numpy beside torch", sizes, bars, "time / PEFT's")
 
 
 def peft_bases(long: int, short: int, flags: dict[str, bool]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -50,6 +50,12 @@ def main() -> None:
         rows.append((name, f"{size[name] / 1e6:.1f}", measure.spread(saving[name]), measure.spread(loading[name])))
     title = f"Adapter file: Llama, hidden {HIDDEN}, {LAYERS * len(TARGETS)} adapted layers, r = 32"
     measure.write("checkpoint", title, rows, packages=("torch", "peft", "safetensors"))
+    relative = {
+        "file": [(size[name] / size["PEFT"],) * 3 for name in folders],
+        "saving": [measure.bar(measure.ratios(saving, name, "PEFT")) for name in folders],
+        "loading": [measure.bar(measure.ratios(loading, name, "PEFT")) for name in folders],
+    }
+    measure.draw("checkpoint", title, list(folders), relative, "of PEFT's")
     assert size["ours"] < size["PEFT"] / 10, size
 
 

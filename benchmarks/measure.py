@@ -8,6 +8,7 @@ import platform
 import re
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -85,7 +86,8 @@ def draw(
 ) -> None:
     """Store a picture beside the table: for each group one bar per series, with the range of its rounds."""
     matplotlib.use("Agg")
-    figure, axes = pyplot.subplots(figsize=(max(6.0, 1.1 * len(groups) + 2), 4), layout="constrained")
+    wide = max(7.0, 0.35 * len(groups) * (len(series) + 1) + 2)
+    figure, axes = pyplot.subplots(figsize=(wide, 4), layout="constrained")
     width = 0.8 / len(series)
     for index, (label, bars) in enumerate(series.items()):
         middle = [value for value, _, _ in bars]
@@ -93,9 +95,9 @@ def draw(
         places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
         axes.bar(places, middle, width, yerr=errors, label=label, capsize=2, error_kw={"linewidth": 0.8})
     axes.set_xticks(range(len(groups)), groups)
-    axes.set(title=title, ylabel=ylabel)
+    axes.set(title=textwrap.fill(title, int(9 * wide)), ylabel=ylabel)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / f"{_file_name(name, accelerator or _accelerator())}.png", dpi=110)
     pyplot.close(figure)
