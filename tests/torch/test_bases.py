@@ -222,3 +222,20 @@ def test_a_duplicate_shares_its_own_bases_among_its_layers_and_names_without_the
     assert twin.bases.nbytes == 12 * 4 + 2 * 2
     twin.bases["a"].zero_()
     assert_holds(holder.bases)
+
+
+def test_on_a_cpu_that_multiplies_in_float32_sixteen_bits_are_widened_once_and_elsewhere_they_are_not():
+    with FakeTensorMode():
+        narrow = torch.ones(2, 3, dtype=torch.bfloat16)
+        bases = BufferDict({"a": narrow, "twin": narrow})
+        assert bases.on("a", CPU, torch.bfloat16) is bases.on("a", CPU) is narrow
+        wide = bases.on("a", CPU, torch.float32)
+        assert wide.dtype == torch.float32
+        assert bases.on("twin", CPU, torch.bfloat16) is bases.stored("twin") is wide
+        assert bases.nbytes == 6 * 4  # the one copy
+        assert bases.on("a", CUDA, torch.float32).dtype == torch.bfloat16
+        nn.ModuleList([bases]).to("cuda:0")
+        assert (bases.stored("twin").dtype, bases.nbytes) == (torch.bfloat16, 6 * 2)
+        bases["a"] = torch.ones(2, dtype=torch.float16)
+        bases.hold("codes", torch.ones(4, dtype=torch.int8), 0.5)
+        assert bases.on("codes", CPU, torch.float32).dtype == torch.int8
