@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import randlora_torch
 from interop import RandLoraConfig
-from randlora_torch.fused import fold, project
+from randlora_torch.gradients import Operands
 from randlora_torch.kernel_choice import TORCH, kernel_choices
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -155,26 +155,15 @@ def try_kernels(sizes: Sizes, device: str) -> None:
         gamma, weight = torch.randn(n, short, device=device), torch.randn(out_features, in_features, device=device)
         weight = weight.to(dtype)
         for B in (torch.randn(long, n, RANK, device=device).to(dtype), torch.ones(long, n, RANK, device=device).char()):
-            measure_kernels(weight, A, B, lam, gamma)
+            measure_kernels(weight, Operands(A, B, lam, gamma))
 
 
-def measure_kernels(weight: Tensor, A: Tensor, B: Tensor, lam: Tensor, gamma: Tensor) -> None:
-    """One call of `fold` and of `project`, each with the way that torch computes it."""
-    columns, tall = B.flatten(1), len(weight) == len(B)
-
-    def folded(lam: Tensor, gamma: Tensor) -> Tensor:
-        scaled_A = (lam[:, :, None] * A[:, None] * gamma).flatten(0, 1).to(weight.dtype)
-        left, right = (columns.to(weight.dtype), scaled_A) if tall else (scaled_A.T, columns.to(weight.dtype).T)
-        return torch.addmm(weight, left, right)
-
-    def projected(grad: Tensor, lam: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
-        grad_scaled_A = columns.to(grad.dtype).T @ (grad if tall else grad.T)
-        weighted = grad_scaled_A.float().unflatten(0, lam.shape) * A[:, None]
-        return torch.einsum("rnd,nd->rn", weighted, gamma), torch.einsum("rnd,rn->nd", weighted, lam)
-
-    options = {"scaling": 1.0, "dtype": weight.dtype}
-    fold(weight, A, B, lam, gamma, out_features=len(weight), torch_way=folded, **options)
-    project(weight, A, B, lam, gamma, torch_way=projected, **options)
+def measure_kernels(weight: Tensor, operands: Operands) -> None:
+    """One folded weight and one projected gradient, as layers ask for them."""
+    with torch.no_grad():
+        options = {"out_features": len(weight), "scaling": 1.0, "dtype": weight.dtype}
+        randlora_torch.folded_weight(weight, *operands, **options)
+        operands.project(weight, 1.0, tall=len(weight) == len(operands.bases_B))
 
 
 def choices() -> list[tuple[str, ...]]:
