@@ -9,7 +9,7 @@ MODELS_INSTALLED := $(MODELS_VENV)/.installed
 # Without an NVIDIA GPU, keep torch on its CPU build (see constraints.txt).
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint constraints.txt)
 
-.PHONY: demo test test-models test-versions lint check bench clean
+.PHONY: demo test test-models test-versions format lint types docs check bench clean
 
 demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and TEXT=path are optional
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
@@ -31,11 +31,21 @@ test-versions:  ## tests/jax with the oldest and the newest versions that pyproj
 		|| exit 1; \
 	done
 
+format: $(INSTALLED)  ## write what lint would complain about
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-check: lint test  ## what CI runs
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## the site, in docs/_build/html; any warning fails
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs docs/_build/html
+
+check: lint types test docs  ## what CI runs
 
 BENCHMARKS := model_step layer_step accumulation jax_step memory bases checkpoint convert
 bench: $(INSTALLED)  ## measure what the README claims, into benchmarks/results, all of it even if a claim fails
