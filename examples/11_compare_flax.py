@@ -110,9 +110,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line; `--smoke` makes every part a few steps long."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, default="runs/11_compare_flax", help="where to write (default: %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, default="runs/11_compare_flax", help="folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="steps of each training (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="trainings that are reported (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
@@ -239,23 +237,16 @@ def write(out: Path, result: dict[str, Any]) -> None:
     draw(result).savefig(out / "compare.png", dpi=130)
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     machine = f"{cpu_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}."
+    setting = f"Test accuracy in percent, of {len(result['runs'][0]['scores'])} seeds, {result['steps']} steps each."
     head = ["method", "rank or r", "trained parameters", "learning rate", *STATISTICS, "time of a step, of LoRA's"]
-    lines = [
-        f"# {TITLE}",
-        "",
-        machine,
-        "",
-        f"Test accuracy in percent, of {len(result['runs'][0]['scores'])} seeds, {result['steps']} steps each.",
-        "",
-        head,
-        ["---"] * len(head),
-    ]
+    lines = [f"# {TITLE}", "", machine, "", setting, "", head, ["---"] * len(head)]
     lines.append(["base, not adapted", "", "0", "", f"{result['base']:.1f}", "", "", ""])
     lora = {run["budget"]: run["seconds"] for run in result["runs"] if run["method"] == "LoRA"}
+    lora[0] = lora[min(lora)]  # of the smallest rank, for full fine-tuning
     for run in result["runs"]:
         cells = [run["method"], str(run["r"] or ""), f"{np.median(run['trainable']):,.0f}", f"{run['rate']:g}"]
         cells += [f"{statistic(run['scores']):.1f}" for statistic in STATISTICS.values()]
-        ratio = np.median(np.divide(run["seconds"], lora.get(run["budget"], min(lora.values()))))
+        ratio = np.median(np.divide(run["seconds"], lora[run["budget"]]))
         lines.append([*cells, f"{ratio:.2f}"])
     text = "\n".join(line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines) + "\n"
     (out / "results.md").write_text(text, encoding="utf-8")
@@ -284,11 +275,10 @@ def draw(result: dict[str, Any]) -> Figure:
     axes.axhspan(min(full["scores"]), max(full["scores"]), color="black", alpha=0.08)
     axes.plot([], [], " ", label=f"base, not adapted: {result['base']:.1f}%")
     ticks = [[run for run in runs if run["method"] == name] for name in ("LoRA", "RandLoRA, dense")]
-    labels = [
-        f"{lora['trainable'][0]:,}\nrank {lora['r']}\nr = {dense['r']}" for lora, dense in zip(*ticks, strict=True)
-    ]
+    places = [run["trainable"][0] for run in ticks[0]]
+    ranks = [f"rank {lora['r']}\nr = {dense['r']}" for lora, dense in zip(*ticks, strict=True)]
     axes.set_xscale("log")
-    axes.set_xticks([run["trainable"][0] for run in ticks[0]], labels)
+    axes.set_xticks(places, [f"{place:,}\n{rank}" for place, rank in zip(places, ranks, strict=True)])
     axes.minorticks_off()
     seeds = f"median, minimum and maximum of {len(full['scores'])} seeds"
     axes.set_title(f"{TITLE}\n{seeds}; each at the best of {len(result['rates'])} learning rates")
