@@ -40,7 +40,7 @@ STATISTICS = {"median": np.median, "min": min, "max": max}
 BUDGETS = {1: 48, 4: 9, 11: 3}  # rank of LoRA and AdaLoRA: r of RandLoRA that trains as much, within 1%
 KINDS = {"RandLoRA, dense": {}, "RandLoRA, sparse": {"sparse": True}, "RandLoRA, very sparse": {"very_sparse": True}}
 FULL, NAMES = "full fine-tuning", ["LoRA", *KINDS, "AdaLoRA"]
-RATES, SWEEP_SEED = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], 1000  # the sweep's seed is not reported
+RATES, SWEEP_SEED = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1], 1000  # the sweep's seed is not reported
 BATCH_SIZE, LENGTH = 4, 64
 
 
@@ -55,19 +55,19 @@ def main() -> None:
     for budget, name in [(0, FULL), *((budget, name) for budget in options.budgets for name in NAMES)]:
         r = options.budgets[budget] if name in KINDS else budget
         sweep = [fit(name, r, base, training, options.steps, rate, SWEEP_SEED) for rate in options.rates]
-        losses = [held_out_loss(model, validation) for model in sweep]
+        losses = [held_out_loss(model, validation, options.batches) for model in sweep]
         rate = options.rates[int(np.argmin(losses))]
         models = [fit(name, r, base, training, options.steps, rate, seed) for seed in range(options.seeds)]
         run = {"method": name, "budget": budget, "r": r, "trainable": [count(model) for model in models], "rate": rate}
-        runs.append(run | {"sweep": losses, "scores": [held_out_loss(model, test) for model in models]})
+        scores = [held_out_loss(model, test, options.batches) for model in models]
+        runs.append(run | {"sweep": losses, "scores": scores})
         model = make_model(name, r, base, options.steps, seed=0)
         timed.append(partial(next, train(model, training, options.steps, rate, seed=0), None))
         print(f"{name} {r}: rate {rate:g}, {np.median(runs[-1]['scores']):.3f} nats per byte", file=sys.stderr)
-    for run, seconds in zip(runs, alternate(timed), strict=True):
+    for run, seconds in zip(runs, alternate(timed, min(10, options.steps)), strict=True):
         run["seconds"] = seconds
-    write(
-        options.out, {"base": held_out_loss(base, test), "steps": options.steps, "rates": options.rates, "runs": runs}
-    )
+    unadapted = held_out_loss(base, test, options.batches)
+    write(options.out, {"base": unadapted, "steps": options.steps, "rates": options.rates, "runs": runs})
     print(f"wrote results.md, results.json and compare.png to {options.out}")
 
 
@@ -79,9 +79,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="trainings that are reported (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
     options = parser.parse_args()
-    options.rates, options.budgets = RATES, BUDGETS
+    options.rates, options.budgets, options.batches = RATES, BUDGETS, 64
     if options.smoke:
-        options.steps, options.seeds, options.rates, options.budgets = 6, 2, RATES[1:3], {4: BUDGETS[4]}
+        options.steps, options.seeds, options.batches = 6, 2, 4
+        options.rates, options.budgets = RATES[1:3], {4: BUDGETS[4]}
     return options
 
 
@@ -167,10 +168,10 @@ def next_token_loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor
 
 
 @torch.no_grad()
-def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor) -> float:
-    """Mean loss over 64 batches, the same for every model."""
+def held_out_loss(model: torch.nn.Module, tokens: torch.Tensor, batches: int) -> float:
+    """Mean loss over some batches, the same for every model."""
     rng = np.random.default_rng(0)
-    return float(np.mean([next_token_loss(model.eval(), crops(tokens, rng)).item() for _ in range(64)]))
+    return float(np.mean([next_token_loss(model.eval(), crops(tokens, rng)).item() for _ in range(batches)]))
 
 
 def count(model: torch.nn.Module) -> int:
@@ -180,10 +181,10 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def alternate(runs: list[Callable[[], Any]]) -> list[list[float]]:
+def alternate(runs: list[Callable[[], Any]], rounds: int) -> list[list[float]]:
     """Seconds of each, in rounds in which all take their turn: a busy machine slows them alike."""
     seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(10):
+    for _ in range(rounds):
         for times, run in zip(seconds, runs, strict=True):
             started = time.perf_counter()
             run()

@@ -42,7 +42,7 @@ def lora_count(stack, rank):
 def budgets(stack):
     """Rank of LoRA and r of RandLoRA that the example compares."""
     tree = ast.parse((EXAMPLES / STACKS[stack]).read_text(encoding="utf-8"))
-    (node,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "BUDGETS"]
+    (node,) = [n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "BUDGETS"]
     return ast.literal_eval(node)
 
 
