@@ -9,7 +9,7 @@ MODELS_INSTALLED := $(MODELS_VENV)/.installed
 # Without an NVIDIA GPU, keep torch on its CPU build (see constraints.txt).
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint constraints.txt)
 
-.PHONY: demo test test-models test-versions format lint types docs check bench clean
+.PHONY: demo test test-models test-versions format lint types docs notebooks check bench clean
 
 demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and TEXT=path are optional
 	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
@@ -45,9 +45,14 @@ types: $(INSTALLED)
 docs: $(INSTALLED)  ## the site, in docs/_build/html; any warning fails
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs docs/_build/html
 
+NOTEBOOKS := 01_first_adapter_flax 02_first_adapter_torch
+notebooks: $(INSTALLED)  ## made from the examples of the same names, without output
+	for name in $(NOTEBOOKS); do $(BIN)/jupytext --quiet --from py:percent --to ipynb --set-kernel python3 \
+		--output examples/notebooks/$$name.ipynb examples/$$name.py || exit 1; done
+
 check: lint types test docs  ## what CI runs
 
-BENCHMARKS := model_step layer_step accumulation jax_step memory bases checkpoint convert
+BENCHMARKS := summary model_step layer_step accumulation jax_step memory bases checkpoint convert
 bench: $(INSTALLED)  ## measure what the README claims, into benchmarks/results, all of it even if a claim fails
 	failed=; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
 		test -z "$$failed" || { echo "claims failed:$$failed"; exit 1; }
