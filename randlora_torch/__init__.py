@@ -3,6 +3,14 @@
 import importlib
 from typing import Any
 
+try:
+    import jaxtyping  # noqa: F401
+    import safetensors  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error.name} is not installed. Run: pip install 'randlora[torch]'", name=error.name) from error
+
 from interop.adalora import AdaLoraConfig
 from interop.config import RandLoraConfig
 from randlora_torch.adalora import AdaLoraLayer, SVDConv2d, SVDLinear

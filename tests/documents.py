@@ -12,15 +12,17 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+_ROADS = re.compile(r"^<!-- road: (?P<names>[\w ]+?) -->\s*\Z", re.MULTILINE)  # on a line of its own before a fence
 
 
 class Block(NamedTuple):
-    """A block with its line in the page, and the output that the page shows in a `text` block right after it."""
+    """A block with its line in the page, the output that the page shows in a `text` block right after it, its roads."""
 
     language: str
     code: str
     line: int
     output: str | None
+    roads: tuple[str, ...] = ()
 
 
 def blocks(page):
@@ -33,7 +35,9 @@ def blocks(page):
         shown = following is not None and following["language"] == "text"
         follows = shown and not text[match.end() : following.start()].strip()
         line = text.count("\n", 0, match.start()) + 2
-        yield Block(match["language"], match["code"], line, following["code"] if follows else None)
+        roads = _ROADS.search(text, 0, match.start())
+        names = tuple(roads["names"].split()) if roads else ()
+        yield Block(match["language"], match["code"], line, following["code"] if follows else None, names)
 
 
 def run(block, page, namespace):
