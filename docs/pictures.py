@@ -214,7 +214,7 @@ def trainable(side: int = 4096) -> Figure:
     axes.loglog(ranks[shown], of_lora[shown], color=LORA, marker="s", ms=4, base=2, label="LoRA: r (d + D)")
     axes.axhline(side**2, color=OTHER, ls=":", label=f"full fine-tuning: {side**2:,d}")
     axes.set_yscale("log", base=10)
-    for r in (4, 16, 256):
+    for r in (2, 8, 256):
         count = interop.count_trainable((side, side), r)
         label = f"r = {r}: {count:,d}"
         axes.annotate(label, (r, count), (8, 4), textcoords="offset points", color=RANDLORA)
