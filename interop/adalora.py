@@ -103,7 +103,7 @@ class AdaLoraConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """`lora_alpha / (init_r + 1e-5)`: PEFT's divisor stays the initial rank, and so does ours."""
+        """`lora_alpha / (init_r + 1e-5)`; PEFT's divisor stays the initial rank, and so does ours."""
         return self.lora_alpha / (self.init_r + _EPSILON)
 
     @property

@@ -50,7 +50,7 @@ class KernelAdapter:
 
     @property
     def trainable(self) -> dict[str, Any]:
-        """The pytree that gradients and optimizer states are made for: the factors, without any bases."""
+        """The pytree that gradients and optimizer states are made for, the factors without any bases."""
         return self.factors
 
     @property

@@ -104,7 +104,7 @@ class Layout:
     def to_kernel(
         self, weight: Float[Array, "*stack rows columns"], kernel_shape: tuple[int, ...], *, in_first: bool = False
     ) -> Float[Array, "..."]:
-        """Torch weights (*stack_shape, out, in), or transposed ones (*stack_shape, in, out), in the kernel's layout."""
+        """Torch weights `(*stack_shape, out, in)`, or transposed `(*stack_shape, in, out)`, in the kernel's layout."""
         groups = (self.in_axes, self.out_axes) if in_first else (self.out_axes, self.in_axes)
         order = (*self.stack_axes, *groups[0], *groups[1])
         split = weight.reshape([kernel_shape[axis] for axis in order])
@@ -114,7 +114,7 @@ class Layout:
         return kernel if self.scale == 1 else kernel * self.scale
 
     def to_torch(self, kernel: Float[Array, "..."]) -> Float[Array, "*stack outputs inputs"]:
-        """The inverse of `to_kernel`: torch weights (*stack_shape, out, in) of a kernel.
+        """The inverse of `to_kernel`: torch weights `(*stack_shape, out, in)` of a kernel.
 
         Raises:
             ValueError: the kernel has another number of axes.

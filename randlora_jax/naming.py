@@ -24,7 +24,7 @@ def resolve_layouts(
 
     Args:
         layouts: Layouts by name, which are returned as they are; or rules: the name of a built-in table (one of
-            `LAYOUTS`), a YAML file of rules, `LayoutRule`s, or dicts of their fields.
+            `LAYOUTS`), a YAML file of rules, a list of `LayoutRule`, or dicts of their fields.
         leaves: Path and leaf of each parameter of the model.
         known: Layouts by other means, which the rules only name.
 

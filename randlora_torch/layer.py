@@ -95,7 +95,7 @@ class AdapterLayer(Mergeable, nn.Module):
 
     @property
     def parameter_dicts(self) -> tuple[nn.ParameterDict, ...]:
-        """The parameters of all adapters: one dict for each part of the factors, by adapter name."""
+        """The parameters of all adapters, one dict for each part of the factors, by adapter name."""
         return tuple(getattr(self, name) for name in self.adapter_layer_names)
 
     @property

@@ -60,12 +60,12 @@ class RandLoraModel(_Attaches, AdapterModel):
 
     @property
     def randlora_A(self) -> BufferDict:
-        """Bases (r, 1, min_dim) by adapter name, shared by all adapted layers: as far as these use them."""
+        """Bases (r, 1, min_dim) by adapter name, shared by all adapted layers, as far as these use them."""
         return self._randlora.bases_A
 
     @property
     def randlora_B(self) -> BufferDict:
-        """Bases (max_dim, n, r) by adapter name, shared by all adapted layers: as far as these use them."""
+        """Bases (max_dim, n, r) by adapter name, shared by all adapted layers, as far as these use them."""
         return self._randlora.bases_B
 
     def print_trainable_parameters(self) -> None:

@@ -40,8 +40,8 @@ class InferredLayouts(Mapping[str, Layout]):
         """These layouts with the names that rules give the weights in adapter files, and the axes that they speak of.
 
         Args:
-            rules: One of `LAYOUTS`, a YAML file, or `LayoutRule`s. A rule without axes is for kernels found by the
-                trace only; one with all axes also makes a kernel of what was refused.
+            rules: One of `LAYOUTS`, a YAML file, or a list of `LayoutRule`. One without axes is for kernels found by
+                the trace only; one with all axes also makes a kernel of what was refused.
 
         Raises:
             ValueError: as `name_layouts`, or a rule contradicts the trace.
