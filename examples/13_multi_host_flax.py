@@ -86,13 +86,9 @@ def connect() -> None:
             if "coordinator_address should be defined" not in str(error):
                 raise
         return  # or jax knows of no cluster here, and this process is alone
-    if not all(given):
-        missing = " and ".join(name for name, value in zip(names, given, strict=True) if not value)
-        sys.exit(f"{missing} not given: set {', '.join(names)}, or none of them to let jax detect the cluster.")
-    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
-        sys.exit(f"NUM_PROCESSES={count}, PROCESS_ID={index}: number the processes from 0 to NUM_PROCESSES - 1.")
-    if ":" not in address or not address.rpartition(":")[2].isdecimal():
-        sys.exit(f"COORDINATOR_ADDRESS={address}: give host:port, of the host where PROCESS_ID=0 runs.")
+    shown = ", ".join(map("{}={}".format, names, given))
+    if not (":" in address and count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        sys.exit(f"{shown}: give host:port of process 0, how many there are, and 0 to that - 1; or none of the three.")
     jax.distributed.initialize(address, int(count), int(index))
 
 
@@ -131,9 +127,8 @@ class Block(nnx.Module):
 def language_model() -> nnx.Sequential:
     """Bytes (B, T) to logits (B, T, 256) of the bytes that follow; the causal mask alone tells positions apart."""
     rngs = nnx.Rngs(0)
-    blocks = [Block(rngs) for _ in range(LAYERS)]
-    head = nnx.Linear(WIDTH, 256, rngs=rngs)
-    return nnx.Sequential(nnx.Embed(256, WIDTH, rngs=rngs), *blocks, nnx.RMSNorm(WIDTH, rngs=rngs), head)
+    layers = [nnx.Embed(256, WIDTH, rngs=rngs), *(Block(rngs) for _ in range(LAYERS)), nnx.RMSNorm(WIDTH, rngs=rngs)]
+    return nnx.Sequential(*layers, nnx.Linear(WIDTH, 256, rngs=rngs))
 
 
 def next_byte_loss(model: nnx.Module, tokens: jax.Array) -> jax.Array:
@@ -181,9 +176,8 @@ def train(model: Any, kind: type, text: bytes, mesh: Mesh, steps: int, checkpoin
         updates, state = optimizer.update(grads, state, trained)
         return optax.apply_updates(trained, updates), state, value
 
-    first, losses = 0, []
-    if checkpoints:
-        first, trained, state = checkpoints.restore(trained, state)
+    first, trained, state = checkpoints.restore(trained, state) if checkpoints else (0, trained, state)
+    losses = []
     for step in range(first, steps):
         trained, state, loss = update(trained, state, rest, batch(text, mesh, step))
         losses.append(float(loss))

@@ -72,7 +72,7 @@ def main() -> None:
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
         if step in (first + 1, steps) or step % 20 == 0:
             accelerator.print(f"step {step}: loss {losses[-1]:.4f}")
-        if step == steps or step % 50 == 0:
+        if step == steps or step % (4 if options.smoke else 50) == 0:
             save(adapted, optimizer.optimizer, out / f"checkpoint-{step}", accelerator.is_main_process)
     after = evaluate(model, held_out)
     accelerator.print(f"held-out loss {before:.4f} before, {after:.4f} after {steps} steps")
