@@ -19,14 +19,15 @@ import sys
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from accelerate.utils import DataLoaderConfiguration, DistributedType
+from accelerate.utils import DataLoaderConfiguration, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -59,7 +60,7 @@ def main() -> None:
     model, optimizer, loader = accelerator.prepare(adapted, optimizer, DataLoader(rows, batch_size=BATCH_SIZE))
     if checkpoint:
         accelerator.print(f"going on from {checkpoint}")
-        restore(adapted, optimizer.optimizer, checkpoint)
+        restore(accelerator, adapted, optimizer, checkpoint)
 
     before = evaluate(model, held_out)
     model.train()
@@ -73,7 +74,7 @@ def main() -> None:
         if step in (first + 1, steps) or step % 20 == 0:
             accelerator.print(f"step {step}: loss {losses[-1]:.4f}")
         if step == steps or step % (4 if options.smoke else 50) == 0:
-            save(adapted, optimizer.optimizer, out / f"checkpoint-{step}", accelerator.is_main_process)
+            save(accelerator, adapted, optimizer, out / f"checkpoint-{step}")
     after = evaluate(model, held_out)
     accelerator.print(f"held-out loss {before:.4f} before, {after:.4f} after {steps} steps")
 
@@ -101,14 +102,18 @@ def parse_arguments() -> argparse.Namespace:
 def connect() -> Accelerator:
     """Join the other processes, on accelerators or, without any, on CPUs."""
     cpu = not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    fsdp, deepspeed = (cpu and os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    accelerator = Accelerator(
+        cpu=cpu and not deepspeed,  # cpu=True would turn DeepSpeed off
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if deepspeed else None,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    )
     tasks = int(os.environ.get("SLURM_NTASKS", 1))
     if accelerator.num_processes < tasks:
         sys.exit(f"{tasks} tasks of Slurm, each on its own: start one `accelerate launch` per node (docs/clusters.md).")
     if BATCH_SIZE % accelerator.num_processes:
         sys.exit(f"{accelerator.num_processes} processes: their number must divide the batch of {BATCH_SIZE}.")
-    if cpu and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        # On CPUs, Accelerate 1.15 reads a config that says FSDP and runs DDP; told so here, it shards.
+    if fsdp:  # on CPUs, Accelerate 1.15 reads a config that says FSDP and runs DDP; told so here, it shards
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()  # as the config says
     return accelerator
@@ -142,26 +147,33 @@ def evaluate(model: nn.Module, batch: Tensor) -> float:
 
 def newest_checkpoint(out: Path) -> tuple[int, Path | None]:
     """How many steps were made, and the folder of the last complete checkpoint."""
-    complete = {int(file.parent.name.split("-")[1]): file.parent for file in out.glob("checkpoint-*/optimizer.pt")}
+    complete = {int(file.parent.name.split("-")[1]): file.parent for file in out.glob("checkpoint-*/complete")}
     return max(complete.items(), default=(0, None))
 
 
-def save(adapted: nn.Module, optimizer: Optimizer, folder: Path, is_main_process: bool) -> None:
-    """The adapter and its optimizer's state, whole, whatever is sharded. The base is not written."""
-    adapted.save_pretrained(folder, is_main_process=is_main_process)
-    state = get_optimizer_state_dict(
-        adapted, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
-    if is_main_process:
-        torch.save(state, folder / "optimizer.part")
-        (folder / "optimizer.part").replace(folder / "optimizer.pt")  # now the checkpoint is complete
+def save(accelerator: Accelerator, adapted: nn.Module, optimizer: Any, folder: Path) -> None:
+    """The adapter and its optimizer's state. The base is not written."""
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:  # files of its own, for as many processes
+        accelerator.save_state(str(folder), exclude_frozen_parameters=True)
+    else:  # whole, whatever is sharded
+        adapted.save_pretrained(folder, is_main_process=accelerator.is_main_process)
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(adapted, optimizer.optimizer, options=whole)
+        accelerator.save(state, folder / "optimizer.pt")  # in the main process
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (folder / "complete").touch()
 
 
-def restore(adapted: nn.Module, optimizer: Optimizer, folder: Path) -> None:
+def restore(accelerator: Accelerator, adapted: nn.Module, optimizer: Any, folder: Path) -> None:
     """What `save` wrote, into a model that is sharded or not."""
-    adapted.restore_adapter(folder)
-    state = torch.load(folder / "optimizer.pt", weights_only=True)
-    set_optimizer_state_dict(adapted, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    if accelerator.distributed_type is DistributedType.DEEPSPEED:
+        accelerator.load_state(str(folder), load_module_strict=False)  # the base is not in it
+    else:
+        adapted.restore_adapter(folder)
+        state = torch.load(folder / "optimizer.pt", weights_only=True)
+        whole = StateDictOptions(full_state_dict=True)
+        set_optimizer_state_dict(adapted, optimizer.optimizer, state, options=whole)
 
 
 if __name__ == "__main__":
