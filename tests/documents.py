@@ -74,7 +74,9 @@ def commands(block):
 
 def check_command(command):
     """A shown command names files that exist, and gives our examples, and `accelerate`, options that they take."""
-    words = shlex.split(command, comments=True)
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=";&|<>")  # operators are words of their own
+    lexer.whitespace_split = True
+    words = list(lexer)
     ours = False
     for index, word in enumerate(words):
         if " " in word and "examples/" in word:  # a command for another host

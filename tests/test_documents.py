@@ -44,9 +44,10 @@ def test_a_block_that_prints_something_else_is_found(tmp_path):
     [
         ("python examples/99_nothing.py", "there is no examples/99_nothing.py"),
         ("srun python examples/13_multi_host_flax.py --step 3", r"13_multi_host_flax\.py does not take \['--step'\]"),
-        ("gcloud ssh --command 'python examples/13_multi_host_flax.py --x'", r"does not take \['--x'\]"),
+        ("gcloud ssh --command='python examples/13_multi_host_flax.py --x'", r"does not take \['--x'\]"),
         ("sbatch examples/configs/slurm_flax.sh --gpus 3", r"slurm_flax\.sh does not take \['--gpus'\]"),
         ("accelerate launch --machines 2 examples/14_multi_node_torch.py", "accelerate does not take these options"),
+        ("python examples/13_multi_host_flax.py --x& wait", r"does not take \['--x'\]"),
         ("rm -r runs", "nothing of this can be checked"),
     ],
 )

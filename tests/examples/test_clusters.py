@@ -138,7 +138,8 @@ def flax(tmp_path_factory):
     """What three runs printed, and where they wrote: two processes; one, on another mesh; two of Slurm that go on."""
     folders = {name: tmp_path_factory.mktemp(name) for name in ("two", "one", "slurm")}
     port = next(port for port in range(12321, 22321, 10) if is_free(port))
-    printed = {"two": shell(console("COORDINATOR_ADDRESS").replace("12321", str(port)), folders["two"])}
+    both = console("COORDINATOR_ADDRESS").replace("12321", str(port)) + "\nwait $!"
+    printed = {"two": shell(both, folders["two"])}
     out = {"two": folders["two"] / "runs" / FLAX}
     out["one"] = start(folders["one"], FLAX, out["two"], "base")
     printed["one"] = shell(f"python examples/{FLAX}.py --smoke", folders["one"], JAX_NUM_CPU_DEVICES="4")
