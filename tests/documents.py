@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,60 @@ def _shell(code):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path}, timeout=300)
     assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr[-3000:]}"
     return done.stdout
+
+
+_CLUSTER_TOOLS = {"export", "gcloud", "kubectl", "sbatch"}  # where nothing of ours is named, no more can be checked
+
+
+def commands(block):
+    """The commands of a `console` block, which is shown and not run: its lines after "$ ", with continued lines."""
+    lines = block.code.replace("\\\n", "").splitlines()
+    found = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    assert found, f'line {block.line}: no line of this console block begins with "$ ".'
+    return found
+
+
+def check_command(command):
+    """A shown command names files that exist, and gives our examples, and `accelerate`, options that they take."""
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=";&|<>")  # operators are words of their own
+    lexer.whitespace_split = True
+    words = list(lexer)
+    ours = False
+    for index, word in enumerate(words):
+        if " " in word and "examples/" in word:  # a command for another host
+            check_command(word)
+            ours = True
+        elif word.startswith("examples/"):
+            assert (ROOT / word).is_file(), f"{command!r}: there is no {word}"
+            ours = True
+            _check_options(word, _arguments(words[index + 1 :]), command)
+        elif words[index : index + 2] == ["accelerate", "launch"]:
+            _check_launch(_arguments(words[index + 2 :]), command)
+    assert ours or words[0] in _CLUSTER_TOOLS, f"{command!r}: nothing of this can be checked"
+
+
+def _arguments(words):
+    """The words up to the next operator of the shell."""
+    operators = (index for index, word in enumerate(words) if re.fullmatch(r"[&|;<>]+", word))
+    return words[: next(operators, len(words))]
+
+
+def _check_options(file, arguments, command):
+    """A script takes the options that are in its source; one of Slurm hands them to the example that it starts."""
+    source = (ROOT / file).read_text(encoding="utf-8")
+    if file.endswith(".sh"):
+        source = (ROOT / re.search(r"examples/\w+\.py", source)[0]).read_text(encoding="utf-8")
+    if not file.endswith((".py", ".sh")):
+        return
+    known = set(re.findall(r'add_argument\("(--[\w-]+)"', source))
+    unknown = {word.partition("=")[0] for word in arguments if word.startswith("--")} - known
+    assert not unknown, f"{command!r}: {file} does not take {sorted(unknown)}"
+
+
+def _check_launch(arguments, command):
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        launch_command_parser().parse_args(arguments)
+    except SystemExit:
+        raise AssertionError(f"{command!r}: accelerate does not take these options") from None
