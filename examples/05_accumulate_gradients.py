@@ -1,11 +1,9 @@
 """Gradient accumulation that makes W + dW once per optimizer step, measured against two other ways to the same step.
 
-    python examples/05_accumulate_gradients.py
-
-The model is a function of a pytree of arrays. Its adapter is trained on micro-batches by `accumulate_gradients`. Then
-one step is made in three ways: on the large batch in one go, from micro-batches that each make W + dW, and as in the
-training. The gradients must be equal; memory and time are printed. It takes about RUNTIME on two CPU cores; the last
-line is
+Run `python examples/05_accumulate_gradients.py`. The model is a function of a pytree of arrays; its adapter is trained
+on micro-batches by `accumulate_gradients`. Then one step is made in three ways: on the large batch in one go, from
+micro-batches that each make W + dW, and as in the training. The gradients must be equal; memory and time are printed.
+It needs `pip install "randlora[jax]"`, and takes about RUNTIME on two CPU cores; the last line is
 
     the reloaded adapter gives the same loss; it is in runs/05_accumulate_gradients/adapter
 """

@@ -1,11 +1,9 @@
 """Train in JAX over the 4-bit checkpoint of a torch user, then give the adapter back: the same loss in both stacks.
 
-    python examples/07_4bit_jax.py [--model FOLDER]
-
-transformers and bitsandbytes write an NF4 folder of a Llama (--model; a small one is made by default). It is read
-without torch, and a linen Llama trains an adapter over the very same 4-bit weights: they stay packed, and a scan
-unpacks one layer at a time. randlora_torch then loads that adapter on the 4-bit torch model. It takes about RUNTIME on
-two CPU cores; the last line is
+Run `python examples/07_4bit_jax.py [--model FOLDER]`. transformers and bitsandbytes write an NF4 folder of a Llama (by
+default, of a small one). It is read without torch, and a linen Llama trains an adapter over the very same 4-bit
+weights: they stay packed, a scan unpacks one layer at a time. Then randlora_torch loads that adapter on the torch model.
+It needs `pip install "randlora[jax,bnb]" accelerate`, and takes about RUNTIME on two CPU cores; the last line is
 
     torch and JAX give the same loss; the adapter is in runs/07_4bit_jax/adapter
 """
@@ -43,9 +41,8 @@ TOLERANCE = 1e-5  # of a loss of a few nats: both compute in float32, in another
 jax.config.update("jax_default_matmul_precision", "highest")  # on GPU, jax would use TF32
 
 
-# The fields of config.json that decide what a Llama computes.
 FIELDS = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size"
-Sizes = namedtuple("Sizes", FIELDS + " rms_norm_eps rope_theta")
+Sizes = namedtuple("Sizes", FIELDS + " rms_norm_eps rope_theta")  # what of config.json decides what a Llama computes
 
 
 def rotate(x: jax.Array, theta: float) -> jax.Array:
@@ -96,6 +93,8 @@ class Llama(nn.Module):
 def load_llama(folder: Path) -> tuple[Llama, dict[str, Any]]:
     """The model of a transformers folder, and its variables, in which packed kernels stay packed."""
     config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] != "llama" or config.get("tie_word_embeddings"):
+        sys.exit(f"{folder}: this example reads Llama models whose lm_head is a weight of its own, and no other")
     config["rope_theta"] = config.get("rope_parameters", config)["rope_theta"]  # where version 5, or 4, writes it
     model = Llama(Sizes(*(config[field] for field in Sizes._fields)))
     weights, layers, first = load_quantized(folder), {}, "model.layers.0."

@@ -1,10 +1,9 @@
 """Supervised fine-tuning in 4 bits with transformers' Trainer; then save, reload, merge, and see what merging costs.
 
-    python examples/08_sft_4bit_torch.py [--model FOLDER] [--text FILE ...]
-
-The task is to write the body of a Python function from its first line, as the standard library would; only bodies
-count in the loss. Without --model, a small byte-level Llama is trained first. `loss.png` shows the losses. It takes
-about RUNTIME on two CPU cores; the last line is
+Run `python examples/08_sft_4bit_torch.py [--model FOLDER] [--text FILE ...]`. The task is to write the body of a Python
+function from its first line, as the standard library would; only bodies count in the loss. Without --model, a small
+byte-level Llama is trained first. `loss.png` shows the losses. It needs `pip install "randlora[bnb]" accelerate`, and
+takes about RUNTIME on two CPU cores; the last line is
 
     the reloaded adapter gives the same logits; it is in runs/08_sft_4bit_torch/adapter
 """
@@ -76,7 +75,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
     options = parser.parse_args()
-    options.steps, options.base_steps = (4, 4) if options.smoke else (options.steps, 400)
+    options.steps, options.base_steps = (4, 4) if options.smoke else (options.steps, 300)
     return options
 
 
@@ -97,6 +96,8 @@ def load_examples(folder: Path, options: argparse.Namespace) -> tuple[list[Examp
         encode = lambda string: list(string.encode())  # noqa: E731, one token per byte
     files = options.text or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     found = FUNCTION.findall("\n".join(file.read_text(encoding="utf-8", errors="ignore") for file in files))
+    if len(found) <= HELD_OUT:
+        sys.exit(f"--text has {len(found)} functions, {HELD_OUT} of which are held out: give more Python files")
     found = found[:: max(1, len(found) // (4 * options.steps + HELD_OUT))]
     examples = [as_example(encode(indent + first), encode(body)) for indent, first, body in found]
     return examples[:-HELD_OUT], examples[-HELD_OUT:]

@@ -1,10 +1,9 @@
 """Serve several adapters on one base model: a batch whose rows each ask for another one, and switching between them.
 
-    python examples/09_serve_adapters_torch.py [--model FOLDER] [--nf4]
-
-Three adapters of different r, sparsity and targets learn to write in three ways, are saved, and are loaded together
-onto one base, in 4 bits with --nf4. Without --model, a small byte-level Llama is trained first. It takes about RUNTIME
-on two CPU cores; the last line is
+Run `python examples/09_serve_adapters_torch.py [--model FOLDER] [--nf4]`. Three adapters of different r, sparsity and
+targets learn to write in three ways, are saved, and are loaded together onto one base, in 4 bits with --nf4. Without
+--model, a small byte-level Llama is trained first. It needs `pip install "randlora[torch]"`, with --nf4
+`"randlora[bnb]" accelerate`, and takes about RUNTIME on two CPU cores; the last line is
 
     every row of the mixed batch is that of its adapter alone; the adapters are in runs/09_serve_adapters_torch
 """
@@ -89,7 +88,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--nf4", action="store_true", help="serve on the base in 4 bits")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
     options = parser.parse_args()
-    options.steps, options.base_steps = (2, 4) if options.smoke else (options.steps, 400)
+    options.steps, options.base_steps = (2, 4) if options.smoke else (options.steps, 300)
     return options
 
 

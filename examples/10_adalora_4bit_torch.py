@@ -1,9 +1,9 @@
 """AdaLoRA on a 4-bit model: all layers start with rank 12, training takes it where it matters least; see what is left.
 
-    python examples/10_adalora_4bit_torch.py [--model FOLDER] [--text FILE ...]
-
-A model of Python's manual learns to write the source code of its library. Without --model, a small byte-level Llama is
-trained first. `ranks.png` shows the rank of each layer. It takes about RUNTIME on two CPU cores; the last line is
+Run `python examples/10_adalora_4bit_torch.py [--model FOLDER] [--text FILE ...]`. A model of Python's manual learns to
+write the source code of its library. Without --model, a small byte-level Llama is trained first. `ranks.png` shows the
+rank of each layer. It needs `pip install "randlora[bnb]" accelerate`, and takes about RUNTIME on two CPU cores; the
+last line is
 
     the reloaded adapter gives the same logits; it is in runs/10_adalora_4bit_torch/adapter
 """
@@ -76,7 +76,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="steps of the fine-tuning (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
     options = parser.parse_args()
-    options.steps, options.base_steps = (6, 4) if options.smoke else (options.steps, 400)
+    options.steps, options.base_steps = (6, 4) if options.smoke else (options.steps, 300)
     return options
 
 
@@ -92,10 +92,12 @@ def load_examples(folder: Path, options: argparse.Namespace) -> tuple[list[dict]
     """Random crops of the text to train on, and of its last tenth to evaluate on."""
     files = options.text or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     data = b"\n\n".join(file.read_bytes() for file in files)
-    tokens = torch.tensor(list(data))  # one per byte
+    tokens = torch.tensor(list(data))  # one per byte, unless the model has a tokenizer
     if any(folder.glob("tokenizer*")):
         tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(data.decode(errors="ignore"))["input_ids"])
     boundary = len(tokens) * 9 // 10
+    if len(tokens) - boundary <= LENGTH:
+        sys.exit(f"--text has {len(tokens)} tokens, but a tenth of it must be more than {LENGTH}: give more text")
     return crops(tokens[:boundary], 4 * options.steps), crops(tokens[boundary:], 4 if options.smoke else HELD_OUT)
 
 

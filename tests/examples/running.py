@@ -23,11 +23,11 @@ def run_in_place(path, *arguments, cwd=None, **environment):
     # of the tests are for meshes: an example has those that it makes itself. What a copy imports is this checkout's.
     root = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": "", "PYTHONPATH": root, **environment}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
 
 def docstring(name):
     """What an example says about itself."""
-    return ast.get_docstring(ast.parse((EXAMPLES / name).read_text(encoding="utf-8"))) or ""
+    return ast.get_docstring(ast.parse((EXAMPLES / name).read_text(encoding="utf-8")), clean=False) or ""
