@@ -47,9 +47,9 @@ def main() -> None:
     model = get_peft_model(load_4bit(folder), config)
     model.print_trainable_parameters()
     trainer = Trainer(model, training_arguments(out / "checkpoints", options), collate, training, held_out)
-    losses = {"the 4-bit base": trainer.evaluate()["eval_loss"]}
     trainer.train(resume_from_checkpoint=options.resume)
-    losses["the base with its adapter"] = trainer.evaluate()["eval_loss"]
+    first = next(float(entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry)
+    losses = {"the 4-bit base": first, "the base with its adapter": trainer.evaluate()["eval_loss"]}
     trainer.save_model(out / "adapter")  # the same two files as in each checkpoint
     write_plot(out / "loss.png", trainer.state.log_history)
 
@@ -128,6 +128,7 @@ def training_arguments(out: Path, options: argparse.Namespace) -> TrainingArgume
         lr_scheduler_type="cosine",
         warmup_steps=options.steps // 10,
         save_steps=0.25,
+        eval_on_start=True,
         eval_strategy="steps",
         eval_steps=0.25,
         logging_steps=0.05,
