@@ -12,7 +12,7 @@ CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint constraints.txt
 .PHONY: demo test test-models test-versions format lint types docs notebooks check bench clean
 
 demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and TEXT=path are optional
-	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python examples/demo/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 
 # Most of the time of JAX's tests goes into compiling what runs once; the exhaustive cases are compiled as for users.
 test: $(INSTALLED)  ## the test suite; ARGS="-m slow" for the exhaustive cases
