@@ -112,7 +112,8 @@ def install_requirements(page, road):
                 said = line
             elif _INSTALL.match(line):
                 beside = line.partition("  #")[2] or said
-                found |= {name: line for name, word in ROADS.items() if re.search(rf"\b{word}\b", beside)}
+                named = [name for name, word in ROADS.items() if re.search(rf"\b{word}\b", beside)]
+                found |= dict.fromkeys(named[-1:] if "moving" in named else named, line)  # "both Flax and PyTorch"
     assert road in found, f"{page.name}: no `pip install` line with the comment '{ROADS[road]}', for the road {road}"
     return shlex.split(found[road], comments=True)[2:]
 
