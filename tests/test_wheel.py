@@ -191,7 +191,9 @@ def test_a_road_that_does_not_do_what_the_page_says_is_found(bare, small_page, e
     with pytest.raises(AssertionError, match="has no block with output that is marked <!-- road: moving -->"):
         bare.follow(small_page(), "moving", empty)
     page = small_page()
-    page.write_text("```python\nprint(1)\n```\n", encoding="utf-8")
+    page.write_text("<!-- road: torch -->\n```json\n{}\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match="only these run"):
+        bare.follow(page, "torch", empty)
     with pytest.raises(AssertionError, match="no `pip install` line with the comment 'PyTorch'"):
         wheel.install_requirements(page, "torch")
 
