@@ -3,7 +3,7 @@
 Run `python examples/04_vit_linen.py`. A ViT learns to tell scikit-learn's handwritten digits 0 to 4 apart. Then it is
 frozen, and an adapter of 6 percent of its size learns 5 to 9, beside a ViT that learns them from scratch. How the
 stacked kernels lie is read off the traced model. It needs `pip install "randlora[jax]" scikit-learn`, and takes about
-RUNTIME on two CPU cores; the last line is
+a minute on two CPU cores; the last line is
 
     the reloaded model and adapter give the same logits; they are in runs/04_vit_linen
 """

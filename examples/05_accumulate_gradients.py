@@ -3,7 +3,7 @@
 Run `python examples/05_accumulate_gradients.py`. The model is a function of a pytree of arrays; its adapter is trained
 on micro-batches by `accumulate_gradients`. Then one step is made in three ways: on the large batch in one go, from
 micro-batches that each make W + dW, and as in the training. The gradients must be equal; memory and time are printed.
-It needs `pip install "randlora[jax]"`, and takes about RUNTIME on two CPU cores; the last line is
+It needs `pip install "randlora[jax]"`, and takes about a minute on two CPU cores; the last line is
 
     the reloaded adapter gives the same loss; it is in runs/05_accumulate_gradients/adapter
 """

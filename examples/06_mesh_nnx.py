@@ -2,7 +2,7 @@
 
 Run `python examples/06_mesh_nnx.py`. Kernels are split in two ways, FSDP by TP; `attach` puts the adapter beside them.
 On a machine without accelerators, eight devices are made of its CPU. The same training on one device must give the same
-losses. It needs `pip install "randlora[jax]"`, and takes about RUNTIME on two CPU cores; the last line is
+losses. It needs `pip install "randlora[jax]"`, and takes about a minute on two CPU cores; the last line is
 
     the mesh gives the losses of one device; the adapter is in runs/06_mesh_nnx/adapter
 """

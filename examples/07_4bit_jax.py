@@ -3,7 +3,7 @@
 Run `python examples/07_4bit_jax.py [--model FOLDER]`. transformers and bitsandbytes write an NF4 folder of a Llama (by
 default, of a small one). It is read without torch, and a linen Llama trains an adapter over the very same 4-bit
 weights: they stay packed, a scan unpacks one layer at a time. Then randlora_torch loads it on the 4-bit torch model. It
-needs `pip install "randlora[jax,bnb]" accelerate`, and takes about RUNTIME on two CPU cores; the last line is
+needs `pip install "randlora[jax,bnb]" accelerate`, and takes about two minutes on two CPU cores; the last line is
 
     torch and JAX give the same loss; the adapter is in runs/07_4bit_jax/adapter
 """

@@ -3,7 +3,7 @@
 Run `python examples/08_sft_4bit_torch.py [--model FOLDER] [--text FILE ...]`. The task is to write the body of a Python
 function from its first line, as the standard library would; only bodies count in the loss. Without --model, a small
 byte-level Llama is trained first. `loss.png` shows the losses. It needs `pip install "randlora[bnb]" accelerate`, and
-takes about RUNTIME on two CPU cores; the last line is
+takes about two minutes on two CPU cores; the last line is
 
     the reloaded adapter gives the same logits; it is in runs/08_sft_4bit_torch/adapter
 """

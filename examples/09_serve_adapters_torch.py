@@ -3,7 +3,7 @@
 Run `python examples/09_serve_adapters_torch.py [--model FOLDER] [--nf4]`. Three adapters of different r, sparsity and
 targets learn to write in three ways, are saved, and are loaded together onto one base, in 4 bits with --nf4. Without
 --model, a small byte-level Llama is trained first. It needs `pip install "randlora[torch]"`, with --nf4
-`"randlora[bnb]" accelerate`, and takes about RUNTIME on two CPU cores; the last line is
+`"randlora[bnb]" accelerate`, and takes about two minutes on two CPU cores; the last line is
 
     every row of the mixed batch is that of its adapter alone; the adapters are in runs/09_serve_adapters_torch
 """

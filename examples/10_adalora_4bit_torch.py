@@ -2,7 +2,7 @@
 
 Run `python examples/10_adalora_4bit_torch.py [--model FOLDER] [--text FILE ...]`. A model of Python's manual learns to
 write the source code of its library. Without --model, a small byte-level Llama is trained first. `ranks.png` shows the
-rank of each layer. It needs `pip install "randlora[bnb]" accelerate`, and takes about RUNTIME on two CPU cores; the
+rank of each layer. It needs `pip install "randlora[bnb]" accelerate`, and takes about two minutes on two CPU cores; the
 last line is
 
     the reloaded adapter gives the same logits; it is in runs/10_adalora_4bit_torch/adapter
@@ -143,12 +143,13 @@ def show_ranks(ranks: dict[str, int], file: Path) -> None:
     grid = np.zeros((len(projections), len(blocks)))
     for name, rank in ranks.items():
         grid[projections.index(name.rsplit(".", 1)[1]), int(name.split(".layers.")[1].split(".")[0])] = rank
-    figure = Figure(figsize=(2.5 + 0.6 * len(blocks), 1.6 + 0.4 * len(projections)), layout="constrained")
+    figure = Figure(figsize=(3.5 + 0.6 * len(blocks), 1.6 + 0.4 * len(projections)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=INIT_R, aspect="auto")
     for (y, x), rank in np.ndenumerate(grid):
         axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color="white" if rank < INIT_R / 2 else "black")
-    axes.set(xlabel="block of the model", xticks=blocks, title=f"Rank that AdaLoRA left each layer, of {INIT_R}")
+    axes.set(xlabel="block of the model", xticks=blocks, ylabel="adapted layer of the block")
+    axes.set(title=f"Rank that AdaLoRA left each layer; all began with {INIT_R}")
     axes.set_yticks(range(len(projections)), projections)
     figure.colorbar(image, label="rank")
     figure.savefig(file, dpi=150)

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from randlora_torch import RandLoraConfig, get_peft_model, load_adapter
 
@@ -80,6 +81,7 @@ def main() -> None:
 
     adapted.save_pretrained(out / "adapter", is_main_process=accelerator.is_main_process)  # all gather, one writes
     if accelerator.is_main_process:
+        unset_hf_deepspeed_config()  # under ZeRO-3, it would have all processes read their parts
         again = LlamaForCausalLM.from_pretrained(out / "base", dtype=options.dtype).to(accelerator.device)
         reloaded = evaluate(load_adapter(again, out / "adapter"), held_out)
         if not abs(reloaded - after) < 1e-5 * after or abs(before - after) < 1e-3:
@@ -142,7 +144,8 @@ def train_base(text: bytes, steps: int, device: torch.device) -> LlamaForCausalL
 @torch.no_grad()
 def evaluate(model: nn.Module, batch: Tensor) -> float:
     """The loss; every process computes it, as every one holds a part of a sharded model."""
-    return model.eval()(input_ids=batch, labels=batch).loss.item()
+    model.eval()
+    return model(input_ids=batch, labels=batch).loss.item()
 
 
 def newest_checkpoint(out: Path) -> tuple[int, Path | None]:

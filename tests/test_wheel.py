@@ -99,7 +99,7 @@ def test_the_sdist_holds_what_tests_and_docs_need(built):
             Path(member.name).relative_to(f"randlora-{PROJECT['version']}") for member in archive if member.isfile()
         ]
     held = {path.as_posix() for path in files if path.parts[0] != "randlora.egg-info"}
-    assert held - GENERATED == set(wheel.sources()) - ONLY_IN_GIT
+    assert held - GENERATED == set(wheel.sources()) - ONLY_IN_GIT - GENERATED
 
 
 def test_the_wheel_holds_the_packages_their_markers_and_nothing_else(built):
@@ -191,7 +191,9 @@ def test_a_road_that_does_not_do_what_the_page_says_is_found(bare, small_page, e
     with pytest.raises(AssertionError, match="has no block with output that is marked <!-- road: moving -->"):
         bare.follow(small_page(), "moving", empty)
     page = small_page()
-    page.write_text("```python\nprint(1)\n```\n", encoding="utf-8")
+    page.write_text("<!-- road: torch -->\n```json\n{}\n```\n", encoding="utf-8")
+    with pytest.raises(AssertionError, match="only these run"):
+        bare.follow(page, "torch", empty)
     with pytest.raises(AssertionError, match="no `pip install` line with the comment 'PyTorch'"):
         wheel.install_requirements(page, "torch")
 

@@ -25,7 +25,7 @@ import pathlib, runpy, sys
 documents, page = runpy.run_path(sys.argv[1]), pathlib.Path(sys.argv[2])
 namespace = {"__name__": "__main__"}
 for block in documents["blocks"](page):
-    if sys.argv[3] in block.roads and block.language in ("python", "bash"):
+    if sys.argv[3] in block.roads and "pip install" not in block.code:  # that is done already
         documents["run"](block, page, namespace)
 """
 
@@ -91,8 +91,10 @@ class Environment:
 
     def follow(self, page, road, cwd):
         """Run the blocks of a page that belong to a road, in order; each must print what the page says."""
-        checked = [block for block in documents.blocks(page) if road in block.roads and block.output is not None]
-        assert checked, f"{page.name} has no block with output that is marked <!-- road: {road} -->"
+        blocks = [block for block in documents.blocks(page) if road in block.roads]
+        assert {block.language for block in blocks} <= {"python", "bash"}, f"{page.name}, road {road}: only these run"
+        shown = any(block.output is not None for block in blocks)
+        assert shown, f"{page.name} has no block with output that is marked <!-- road: {road} -->"
         done = self.run("python", "-c", _FOLLOW, documents.__file__, page, road, cwd=cwd)
         assert done.returncode == 0, f"{page.name}, road {road}:\n{done.stdout}\n{done.stderr[-5000:]}"
 
@@ -112,7 +114,8 @@ def install_requirements(page, road):
                 said = line
             elif _INSTALL.match(line):
                 beside = line.partition("  #")[2] or said
-                found |= {name: line for name, word in ROADS.items() if re.search(rf"\b{word}\b", beside)}
+                named = [name for name, word in ROADS.items() if re.search(rf"\b{word}\b", beside)]
+                found |= dict.fromkeys(named[-1:] if "moving" in named else named, line)  # "both Flax and PyTorch"
     assert road in found, f"{page.name}: no `pip install` line with the comment '{ROADS[road]}', for the road {road}"
     return shlex.split(found[road], comments=True)[2:]
 

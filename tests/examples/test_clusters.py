@@ -6,6 +6,7 @@ JAX comes from the two processes, that of the runs in torch from the one.
 
 import ast
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -203,7 +204,8 @@ def test_fsdp2_writes_the_checkpoint_that_one_process_writes(in_torch):
     _, out = in_torch
     got, want = (torch.load(out[name] / "checkpoint-8" / "optimizer.pt") for name in ("fsdp", "one"))
     assert len(want["state"]) == 2 * 14  # lambda and gamma of every layer, and nothing of the base
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+    assert json.dumps(got["param_groups"]) == json.dumps(want["param_groups"])  # lists for tuples
+    torch.testing.assert_close(got["state"], want["state"], rtol=1e-3, atol=1e-8)
     assert sorted(os.listdir(out["fsdp"] / "checkpoint-8")) == sorted(os.listdir(out["one"] / "checkpoint-8"))
 
 
