@@ -15,7 +15,7 @@ DOCS = documents.ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 PICTURES = {path.name for path in (DOCS / "pictures").iterdir()}
 _PICTURE = re.compile(r"!\[[^\]]+\]\((?!https?:)([^)]+)\)")
-_TOCTREE = re.compile(r"^:::\{toctree\}\n(?:(?::.*)?\n)*(.*?)^:::$", re.DOTALL | re.MULTILINE)
+_TOCTREE = re.compile(r"^:::\{toctree\}\n(?:(?::[a-z]+:[^\n]*)?\n)*(.*?)^:::$", re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
