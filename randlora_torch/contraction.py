@@ -266,11 +266,11 @@ def adapted_linear(
         )
     dtype = dtype or product_dtype(x)
     operands = Operands(bases_A, bases_B, lam, gamma)
-    product: dict[str, Any] = {"scaling": scaling, "out_features": out_features, "sparse": sparse, "dtype": dtype}
+    product: dict[str, Any] = {"out_features": out_features, "sparse": sparse, "dtype": dtype}
     chosen = plan_for(x, operands, plan=plan, keep_weight=keep_weight, frozen=weight is not None, **product)
     if keep_weight and chosen == Plan(True, True):
         with no_autocast(x):
-            kept = folded_weight(weight, *operands, **product)
+            kept = folded_weight(weight, *operands, scaling=scaling, **product)
             return linear(x.to(dtype), kept, None if bias is None else bias.to(dtype))
     call = _Call(out_features >= in_features, scaling, dtype, chosen, sparse=sparse)
     weight, call = _split(weight, call)
@@ -302,7 +302,6 @@ def plan_for(
     operands: Operands,
     *,
     out_features: int,
-    scaling: float,
     plan: str,
     dtype: torch.dtype,
     keep_weight: bool = False,

@@ -158,7 +158,8 @@ class RandLoraLayer(AdapterLayer):
         """
         if self.plan == "auto" and torch.is_grad_enabled() and isinstance(frozen.weight, Tensor):
             return True
-        plan = plan_for(x, update.operands, dtype=frozen.dtype, **self._options(update))
+        options: dict[str, Any] = {"plan": self.plan, "keep_weight": self.keep_weight, "sparse": update.sparse}
+        plan = plan_for(x, update.operands, out_features=update.out_features, dtype=frozen.dtype, **options)
         return plan.fold_forward or (plan.fold_backward and torch.is_grad_enabled())
 
     def _update_of(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> Update:
