@@ -54,8 +54,7 @@ class Int8Weight(AdapterLayer):
         return Rows8bit(*self._codes())
 
     def _read_weight(self) -> Tensor:
-        codes, scales = self._codes()
-        return codes.float().mul_((scales.float() * (1 / 127))[:, None])
+        return self.packed().dequantize()
 
     def _weight_dtype(self) -> torch.dtype:
         return torch.float16  # what bitsandbytes quantizes from
