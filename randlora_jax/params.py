@@ -77,6 +77,7 @@ def init(
     require_randlora(config, "randlora_jax.adalora.init(config, params, key=key) makes such an adapter.")
     leaves = named_leaves(params)
     adapter = new_adapter(config, find_kernels(leaves, layouts), recipe=recipe, key=key, dtype=dtype)
+    assert isinstance(adapter, RandLoraAdapter)
     return like_kernels(adapter, leaves)
 
 

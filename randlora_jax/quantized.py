@@ -220,7 +220,9 @@ def to_qarray(kernel: Quantized4bit) -> Any:
         ImportError: qwix is not installed.
     """
     layout, shape, blocksize = kernel.layout, kernel.kernel_shape, kernel.blocksize
-    if kernel.quant_type != "nf4" or not np.array_equal(np.float32(kernel.code), np.float32(NF4)):
+    if kernel.quant_type != "nf4" or not np.array_equal(
+        np.asarray(kernel.code, np.float32), np.asarray(NF4, np.float32)
+    ):
         raise ValueError(f"quant_type={kernel.quant_type!r} has no counterpart in qwix, only 'nf4' has: dequantize it.")
     last = layout.in_axes[-1]
     if shape[last] % blocksize:

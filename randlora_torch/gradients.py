@@ -138,12 +138,12 @@ class _DeltaWeight(torch.autograd.Function):
             return add_product(None, *operands.matrices(scaling, compute_dtype(lam, gamma), tall=True))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *operands, ctx.scaling = inputs
         ctx.save_for_backward(*operands)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with no_autocast(grad):
             return None, None, *Operands(*ctx.saved_tensors).project(grad, ctx.scaling, tall=True), None
 

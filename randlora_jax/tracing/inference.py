@@ -114,10 +114,14 @@ def _read(jaxpr: Jaxpr, shapes: dict[str, tuple[int, ...]]) -> InferredLayouts:
     walk = Propagation({**ARRAY_RULES, **CONTROL_FLOW}, {name: Findings() for name in shapes})
     for result in walk.run(jaxpr, values):
         walk.end(result.tracks, "returned")
-    layouts, refused = {}, {}
+    layouts: dict[str, Layout] = {}
+    refused: dict[str, str] = {}
     for name, findings in walk.findings.items():
         verdict = _judge(findings)
-        (layouts if isinstance(verdict, Layout) else refused)[name] = verdict
+        if isinstance(verdict, Layout):
+            layouts[name] = verdict
+        else:
+            refused[name] = verdict
     return InferredLayouts(layouts, refused, shapes)
 
 
