@@ -76,14 +76,16 @@ PUBLIC: dict[str, tuple[str, ...] | None] = {
     "randlora_torch.randlora": ("ScaledBases",),
     "randlora_torch.rank_allocator": ("Allocation",),
 }
-EXAMPLES = "<!-- examples -->"
+FROM_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "FORMAT.md": "format.md"}
+_REQUEST = re.compile(r"<!-- (\S+) -->")
+_LINK = re.compile(r"\[([^\]]+)\]\(((?![a-z]+:|#)[^)]+)\)")
 logger = logging.getLogger(__name__)
 
 
 def setup(app: Sphinx) -> None:
     """Connect the functions below."""
     jax.Array.__name__ = jax.Array.__qualname__ = "Array"  # jaxtyping's annotations show it, else a private module's
-    app.connect("source-read", list_examples)
+    app.connect("source-read", fill_in)
     app.connect("autodoc-skip-member", skip_member)
     app.connect("autodoc-process-docstring", mark_code, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", tidy_fields, priority=900)  # after napoleon
@@ -222,20 +224,32 @@ def _aliases() -> dict[str, str]:
     return {f"{thing.__module__}.{thing.__qualname__}": name for name, thing in reversed(named)}
 
 
-# The page of examples.
+# Pages that come from other files of the repository.
 
 
-def list_examples(app: Sphinx, docname: str, source: list[str]) -> None:
-    """Put the docstrings of all numbered examples where `examples.md` asks for them."""
-    if EXAMPLES in source[0]:
-        source[0] = source[0].replace(EXAMPLES, "\n".join(_describe(path) for path in example_files()))
+def fill_in(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Put a file of the repository, or the docstrings of all numbered examples, where a page asks for them."""
 
+    def content(request: re.Match[str]) -> str:
+        files = sorted(ROOT.glob(request[1]))
+        for path in files:
+            app.env.note_dependency(str(path))
+        return "\n".join(_describe(path) if path.suffix == ".py" else _on_site(path) for path in files)
 
-def example_files() -> list[Path]:
-    """The examples in the order of their numbers."""
-    return sorted((ROOT / "examples").glob("[0-9]*.py"))
+    source[0] = _REQUEST.sub(content, source[0])
 
 
 def _describe(path: Path) -> str:
     title, _, rest = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n")
     return f"## {path.name}\n\n{title}\n\n~~~none\n{rest.strip()}\n~~~\n"
+
+
+def _on_site(path: Path) -> str:
+    """A file's text, its links to other files leading to their pages, if they have one."""
+
+    def link(found: re.Match[str]) -> str:
+        text, target = found.groups()
+        page = FROM_ROOT.get(target)
+        return f"[{text}]({page})" if page else f"`{target}`"
+
+    return _LINK.sub(link, path.read_text(encoding="utf-8"))

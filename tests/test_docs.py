@@ -94,6 +94,23 @@ def test_a_public_name_that_the_reference_lacks_is_found(warnings_of_the_referen
     ]
 
 
+def test_a_page_shows_the_files_that_it_asks_for(conf, tmp_path, monkeypatch):
+    (tmp_path / "A.md").write_text("[F](FORMAT.md), [S](SECURITY.md), [W](https://x.org)\n")
+    (tmp_path / "1.py").write_text('"""Title.\n\nMore.\n"""\n')
+    monkeypatch.setattr(conf, "ROOT", tmp_path)
+    read, source = [], ["# P\n\n<!-- A.md -->\n<!-- [0-9]*.py -->"]
+    conf.fill_in(SimpleNamespace(env=SimpleNamespace(note_dependency=read.append)), "p", source)
+    shown = "[F](format.md), `SECURITY.md`, [W](https://x.org)\n"
+    assert source == [f"# P\n\n{shown}\n## 1.py\n\nTitle.\n\n~~~none\nMore.\n~~~\n"]
+    assert read == [str(tmp_path / "A.md"), str(tmp_path / "1.py")]
+
+
+def test_every_page_that_is_a_file_of_the_repository_asks_for_it(conf):
+    assert {name: (DOCS / page).read_text() for name, page in conf.FROM_ROOT.items()} == {
+        name: f"<!-- {name} -->\n" for name in conf.FROM_ROOT
+    }
+
+
 def test_an_indented_paragraph_of_a_docstring_becomes_code(conf):
     lines = ["Do it:", "", "    with it:", "        go()", "", "Args:", "    x: What", "        it is.", ""]
     lines += ["Example:", "    go()", "    stop()"]
