@@ -8,7 +8,7 @@ Which of them, on how many devices and hosts, is in a config file of Accelerate;
 The base is a byte-level Llama, trained on Python's documentation; the adapter learns Python's source code. Every
 process computes its share of one global batch, so the losses do not depend on how many there are. With more --steps, a
 second run goes on from the last checkpoint, with any number of processes. Where there is no accelerator, processes
-share the CPU, and FSDP2 shards there, too. About a minute on two CPU cores; the last line is
+share the CPU, and FSDP2 shards there, too. About two minutes on two CPU cores; the last line is
 
     the reloaded adapter gives the same loss; it is in runs/14_multi_node_torch/adapter
 """
