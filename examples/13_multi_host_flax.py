@@ -8,7 +8,7 @@ process reads its share, Orbax checkpoints of base and adapter, and one adapter 
 
 Slurm, TPU pods and GKE are detected; elsewhere COORDINATOR_ADDRESS=host:port, NUM_PROCESSES and PROCESS_ID say who
 takes part (docs/clusters.md). The base is trained on Python's documentation, the adapter on Python's source code. With
-more --steps, a second run goes on from the last checkpoint, on any mesh. A minute on two CPU cores; the last line is
+more --steps, a second run goes on from the last checkpoint, on any mesh. Two minutes on two CPU cores; the last line is
 
     the reloaded adapter gives the same loss; it is in runs/13_multi_host_flax/adapter
 """
