@@ -139,7 +139,8 @@ class _StepLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), shared = ctx.saved_tensors, ctx.shared
         rows = grad.reshape(-1, grad.shape[-1])  # (T, out)
-        shared.add(rows, x.reshape(-1, x.shape[-1]))
+        with no_autocast(x):
+            shared.add(rows, x.reshape(-1, x.shape[-1]))
+            grad_x = grad @ shared.weight if ctx.needs_input_grad[0] else None
         ctx.step.after_backward()
-        grad_x = grad @ shared.weight if ctx.needs_input_grad[0] else None
         return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None
