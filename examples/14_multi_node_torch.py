@@ -43,7 +43,8 @@ def main() -> None:
     options = parse_arguments()
     base_steps, steps = (8, min(8, options.steps)) if options.smoke else (200, options.steps)
     accelerator, out = connect(), Path(options.out)
-    accelerator.print(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}")
+    say = print if accelerator.is_main_process else lambda line: None  # accelerator.print would, once per host
+    say(f"{accelerator.num_processes} process(es), {accelerator.distributed_type.value}")
     prose = "\n".join(topics[name] for name in sorted(topics)).encode()
     code = b"\n".join(file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
     code, held_out = code[:-100_000], crops(code[-100_000:], 0).to(accelerator.device)
@@ -60,7 +61,7 @@ def main() -> None:
     rows = [row for step in range(first, steps) for row in crops(code, step)]
     model, optimizer, loader = accelerator.prepare(adapted, optimizer, DataLoader(rows, batch_size=BATCH_SIZE))
     if checkpoint:
-        accelerator.print(f"going on from {checkpoint}")
+        say(f"going on from {checkpoint}")
         restore(accelerator, adapted, optimizer, checkpoint)
 
     before = evaluate(model, held_out)
@@ -73,11 +74,11 @@ def main() -> None:
         optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
         if step in (first + 1, steps) or step % 20 == 0:
-            accelerator.print(f"step {step}: loss {losses[-1]:.4f}")
+            say(f"step {step}: loss {losses[-1]:.4f}")
         if step == steps or step % (4 if options.smoke else 50) == 0:
             save(accelerator, adapted, optimizer, out / f"checkpoint-{step}")
     after = evaluate(model, held_out)
-    accelerator.print(f"held-out loss {before:.4f} before, {after:.4f} after {steps} steps")
+    say(f"held-out loss {before:.4f} before, {after:.4f} after {steps} steps")
 
     adapted.save_pretrained(out / "adapter", is_main_process=accelerator.is_main_process)  # all gather, one writes
     if accelerator.is_main_process:
@@ -87,7 +88,7 @@ def main() -> None:
         if not abs(reloaded - after) < 1e-5 * after or abs(before - after) < 1e-3:
             sys.exit(f"the reloaded adapter gives the loss {reloaded}, the trained one {after}, the start {before}")
         np.savetxt(out / "losses.txt", losses)
-    accelerator.print(f"the reloaded adapter gives the same loss; it is in {out / 'adapter'}")
+    say(f"the reloaded adapter gives the same loss; it is in {out / 'adapter'}")
     accelerator.end_training()
 
 
