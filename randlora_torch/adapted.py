@@ -192,10 +192,10 @@ class AdapterModel(AdapterSwitching):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Counts of trainable and of all parameters; those packed in 4 bits are counted unpacked."""
+        """Counts of trainable and of all parameters; packed ones are counted unpacked, ones split by ZeRO-3 whole."""
         trainable = total = 0
         for parameter in self.parameters():
-            count = parameter.numel()
+            count = getattr(parameter, "ds_numel", parameter.numel())
             if type(parameter).__name__ == "Params4bit":
                 count *= 2 * parameter.element_size()
             total += count
