@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -30,7 +31,7 @@ def blocks(page):
     """All blocks of a page in order, except those of output."""
     text = page.read_text(encoding="utf-8")
     found = list(_FENCE.finditer(text))
-    for match, following in zip(found, [*found[1:], None], strict=True):
+    for match, following in itertools.pairwise([*found, None]):
         if match["language"] == "text":
             continue
         shown = following is not None and following["language"] == "text"
