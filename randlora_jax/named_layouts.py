@@ -98,7 +98,7 @@ def _unscanned(axes: Axes) -> Axes:
 
 
 # Models of any library whose modules have transformers' names, but for how they count layers: "layers_0" by linen,
-# "layers.0" by NNX (examples/llama_nnx.py), or "layers" for a stack of all that is scanned or vmapped.
+# "layers.0" by NNX (examples/demo/llama_nnx.py), or "layers" for a stack of all that is scanned or vmapped.
 _STACKS = "(.*/)?(layers?|h|blocks?)"
 _HUGGING_FACE = (
     LayoutRule(_STACKS + r"_(\d+)/(.+)", r"\1\2.\3.\4"),
