@@ -9,14 +9,17 @@ MODELS_INSTALLED := $(MODELS_VENV)/.installed
 # Without an NVIDIA GPU, keep torch on its CPU build (see constraints.txt).
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),,--constraint constraints.txt)
 
-.PHONY: demo test test-models test-versions format lint types docs check bench clean
+.PHONY: demo test test-models test-versions format lint types docs notebooks check bench clean
 
 demo: $(INSTALLED)  ## the whole way once: Flax, torch, 4 bits; MODEL=folder and TEXT=path are optional
-	$(BIN)/python examples/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
+	$(BIN)/python examples/demo/demo.py $(if $(MODEL),--model $(MODEL)) $(if $(TEXT),--text $(TEXT))
 
 # Most of the time of JAX's tests goes into compiling what runs once; the exhaustive cases are compiled as for users.
+# XLA refuses flags that it does not know: they are those of the jax in constraints.txt.
+QUICK_XLA := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+QUICK := JAX_DISABLE_MOST_OPTIMIZATIONS=1 $(if $(CONSTRAINTS),XLA_FLAGS="$(QUICK_XLA)")
 test: $(INSTALLED)  ## the test suite; ARGS="-m slow" for the exhaustive cases
-	JAX_DISABLE_MOST_OPTIMIZATIONS=$(if $(ARGS),0,1) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(if $(ARGS),,$(QUICK)) $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-models: $(MODELS_INSTALLED)  ## third parties' JAX models, in an environment of their own; ARGS as above
 	$(MODELS_BIN)/python -m pytest tests/models $(ARGS)
@@ -45,9 +48,14 @@ types: $(INSTALLED)
 docs: $(INSTALLED)  ## the site, in docs/_build/html; any warning fails
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going --nitpicky docs docs/_build/html
 
+NOTEBOOKS := 01_first_adapter_flax 02_first_adapter_torch
+notebooks: $(INSTALLED)  ## made from the examples of the same names, without output
+	for name in $(NOTEBOOKS); do $(BIN)/jupytext --quiet --from py:percent --to ipynb --set-kernel python3 \
+		--output examples/notebooks/$$name.ipynb examples/$$name.py || exit 1; done
+
 check: lint types test docs  ## what CI runs
 
-BENCHMARKS := model_step layer_step accumulation jax_step memory bases checkpoint convert
+BENCHMARKS := summary model_step layer_step accumulation jax_step memory bases checkpoint convert
 bench: $(INSTALLED)  ## measure what the README claims, into benchmarks/results, all of it even if a claim fails
 	failed=; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py || failed="$$failed $$name"; done; \
 		test -z "$$failed" || { echo "claims failed:$$failed"; exit 1; }
@@ -57,7 +65,8 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(CONSTRAINTS) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS) --editable ".[dev]"
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib >/dev/null || true  # pip would use one core; some files are templates
 	touch $@
 
 $(MODELS_INSTALLED): pyproject.toml tests/models/requirements.txt tests/models/constraints.txt

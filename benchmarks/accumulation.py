@@ -57,7 +57,7 @@ def main() -> None:
     )
     measure.write("accumulation", title, rows, packages=("torch", "transformers", "peft"))
     bars = {name: [measure.bar(values)] for name, values in found.items()}
-    measure.draw("accumulation", title, [f"hidden {HIDDEN}"], bars, "time / PEFT LoRA's")
+    measure.draw("accumulation", title, [f"hidden {HIDDEN}"], bars, "time relative to PEFT's LoRA")
     assert measure.bar(found["ours, fold_once"])[0] <= BOUND, found
 
 

@@ -35,7 +35,7 @@ def main() -> None:
             assert ratio < 3, f"{kind} {long}x{short}: {ratio:.2f} times PEFT's time"
     measure.write("bases", "Seed to bases, r = 32", rows, packages=("numpy", "torch", "peft"))
     sizes = [f"{long} x {short}" for long, short in SIZES]
-    measure.draw("bases", "Seed to bases, r = 32: numpy beside torch", sizes, bars, "time / PEFT's")
+    measure.draw("bases", "Seed to bases, r = 32: numpy beside torch", sizes, bars, "time relative to PEFT")
 
 
 def peft_bases(long: int, short: int, flags: dict[str, bool]) -> tuple[torch.Tensor, torch.Tensor]:

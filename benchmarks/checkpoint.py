@@ -51,11 +51,12 @@ def main() -> None:
     title = f"Adapter file: Llama, hidden {HIDDEN}, {LAYERS * len(TARGETS)} adapted layers, r = 32"
     measure.write("checkpoint", title, rows, packages=("torch", "peft", "safetensors"))
     relative = {
-        "file": [(size[name] / size["PEFT"],) * 3 for name in folders],
-        "saving": [measure.bar(measure.ratios(saving, name, "PEFT")) for name in folders],
-        "loading": [measure.bar(measure.ratios(loading, name, "PEFT")) for name in folders],
+        "size of the file": [(size[name] / size["PEFT"],) * 3 for name in folders],
+        "time to save": [measure.bar(measure.ratios(saving, name, "PEFT")) for name in folders],
+        "time to load": [measure.bar(measure.ratios(loading, name, "PEFT")) for name in folders],
     }
-    measure.draw("checkpoint", title, list(folders), relative, "of PEFT's")
+    by_writer = {name: [bars[place] for bars in relative.values()] for place, name in enumerate(folders)}
+    measure.draw("checkpoint", title, list(relative), by_writer, "relative to PEFT")
     assert size["ours"] < size["PEFT"] / 10, size
 
 

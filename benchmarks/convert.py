@@ -47,7 +47,8 @@ def main() -> None:
     title = f"Moving an adapter of a Llama, hidden {HIDDEN}, 14 adapted layers, r = {llama.RANK}"
     measure.write("convert", title, rows, packages=("numpy", "torch", "jax", "peft"))
     labels = [name.replace(" to ", "\nto ").replace(" onto ", "\nonto ") for name in ways]
-    measure.draw("convert", title, labels, {"time": [measure.bar(values) for values in found.values()]}, "of PEFT's")
+    bars = {"time": [measure.bar(values) for values in found.values()]}
+    measure.draw("convert", title, labels, bars, "time relative to PEFT's loading")
     above = {name: measure.bar(values)[0] for name, values in found.items() if measure.bar(values)[0] > 1}
     assert not above, above
 

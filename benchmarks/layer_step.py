@@ -81,12 +81,12 @@ def main() -> None:
             rows.append(
                 (str(width), str(tokens), *map(measure.spread, seconds.values()), f"{found[width, tokens]:.2f}")
             )
-            groups.append(f"d={width}\nT={tokens}")
+            groups.append(f"{width} wide\n{tokens} tokens")
             for name in models:
                 bars.setdefault(name, []).append(measure.bar(measure.ratios(seconds, name, "PEFT RandLoRA")))
-    title = f"Forward and backward of one layer, r = {RANK}, float32"
+    title = f"Forward and backward of one square layer, r = {RANK}, float32"
     measure.write("layer_step", title, rows, packages=("torch", "peft"))
-    measure.draw("layer_step", title, groups, bars, "time / PEFT RandLoRA's")
+    measure.draw("layer_step", title, groups, bars, "time relative to PEFT's RandLoRA")
     kinds_of_bases()
     assert found[1024, 4096] <= 0.55, found
     assert found[1024, 256] <= 1.0, found
@@ -104,9 +104,11 @@ def kinds_of_bases(width: int = 1024) -> None:
         rows.append((str(tokens), *map(measure.spread, seconds.values()), f"{found[tokens]:.2f}"))
         for name in models:
             bars.setdefault(name, []).append(measure.bar(measure.ratios(seconds, name, "dense")))
-    title = f"Forward and backward by kind of bases, d = {width}, r = {RANK}, float32"
+    title = f"Forward and backward of a layer {width} wide, by kind of bases, r = {RANK}, float32"
     measure.write("layer_step_bases", title, rows, packages=("torch",))
-    measure.draw("layer_step_bases", title, [f"T={tokens}" for tokens in TOKENS], bars, "time / dense bases'")
+    measure.draw(
+        "layer_step_bases", title, [f"{tokens} tokens" for tokens in TOKENS], bars, "time relative to dense bases"
+    )
     assert found[1024] <= 0.8, found
 
 

@@ -3,6 +3,7 @@
 Machines are noisy, so a claim is about a ratio within one run: `ratio` compares two competitors round by round.
 """
 
+import math
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import matplotlib
+import numpy
 from matplotlib import pyplot
 
 RESULTS = Path(__file__).parent / "results"
@@ -80,24 +82,40 @@ def draw(
     title: str,
     groups: Sequence[str],
     series: Mapping[str, Sequence[tuple[float, float, float]]],
-    ylabel: str,
+    unit: str,
     *,
     accelerator: str = "",
 ) -> None:
-    """Store a picture beside the table: for each group one bar per series, with the range of its rounds."""
+    """Store a picture beside the table: for each group one bar per series, with the range of its rounds.
+
+    `unit` says in words what the bars are. If it is relative to something, a line marks 1. A series that a group does
+    not have is nan there.
+    """
     matplotlib.use("Agg")
-    wide = max(7.0, 0.35 * len(groups) * (len(series) + 1) + 2)
-    figure, axes = pyplot.subplots(figsize=(wide, 4), layout="constrained")
-    width = 0.8 / len(series)
-    for index, (label, bars) in enumerate(series.items()):
-        middle = [value for value, _, _ in bars]
-        errors = [[value - low for value, low, _ in bars], [high - value for value, _, high in bars]]
-        places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
-        axes.bar(places, middle, width, yerr=errors, label=label, capsize=2, error_kw={"linewidth": 0.8})
-    axes.set_xticks(range(len(groups)), groups)
-    axes.set(title=textwrap.fill(title, int(9 * wide)), ylabel=ylabel)
+    wide = min(14.0, max(8.0, 0.3 * len(groups) * (len(series) + 1) + 3))
+    figure, axes = pyplot.subplots(figsize=(wide, 4.5), layout="constrained")
+    width, crowded = 0.8 / len(series), len(groups) * len(series) > 24
+    there = [[name for name, bars in series.items() if not math.isnan(bars[place][0])] for place in range(len(groups))]
+    for label, bars in series.items():
+        places = [place for place, names in enumerate(there) if label in names]
+        centers = [place + (there[place].index(label) - (len(there[place]) - 1) / 2) * width for place in places]
+        middle, low, high = zip(*(bars[place] for place in places), strict=True)
+        errors = numpy.abs(numpy.subtract([low, high], [middle, middle]))
+        line = {"linewidth": 0.8 if errors.any() else 0}
+        drawn = axes.bar(centers, middle, width, yerr=errors, label=label, capsize=2 * errors.any(), error_kw=line)
+        if not crowded:
+            numbers = [f"{value:.3g}" if value >= 100 else f"{value:.2f}" for value in middle]
+            axes.bar_label(drawn, numbers, padding=2, fontsize="small")  # above the line of the rounds
+    if "relative" in unit:
+        axes.axhline(1, color="black", linewidth=0.8, linestyle="--", zorder=0)
+    axes.set_xticks(range(len(groups)), groups, fontsize="small" if crowded else "medium")
+    axes.set(title=textwrap.fill(title, int(9 * wide)), ylabel=f"{unit} (less is better)")
     axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize="small")
+    axes.spines[["top", "right"]].set_visible(False)
+    if any(low < high for bars in series.values() for _, low, high in bars):
+        figure.supxlabel("bars: medians; lines: from the lowest to the highest of the rounds", fontsize="small")
+    if len(series) > 1:
+        figure.legend(loc="outside upper center", ncols=min(len(series), 3 if wide < 12 else 6), fontsize="small")
     RESULTS.mkdir(exist_ok=True)
     figure.savefig(RESULTS / f"{_file_name(name, accelerator or _accelerator())}.png", dpi=110)
     pyplot.close(figure)

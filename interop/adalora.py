@@ -103,7 +103,7 @@ class AdaLoraConfig(AdapterConfig):
 
     @property
     def scaling(self) -> float:
-        """`lora_alpha / (init_r + 1e-5)`: PEFT's divisor stays the initial rank, and so does ours."""
+        """`lora_alpha / (init_r + 1e-5)`; PEFT's divisor stays the initial rank, and so does ours."""
         return self.lora_alpha / (self.init_r + _EPSILON)
 
     @property
@@ -154,7 +154,7 @@ class AdaLoraConfig(AdapterConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as `adapter_config.json` holds them: lists for tuples, unknown fields merged back."""
-        pattern = self.rank_pattern and {key: list(mask) for key, mask in self.rank_pattern.items()}
+        pattern = None if self.rank_pattern is None else {key: list(mask) for key, mask in self.rank_pattern.items()}
         return {**super().to_dict(), "rank_pattern": pattern}
 
     def _check_types(self) -> None:

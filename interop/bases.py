@@ -153,7 +153,11 @@ def _sparsity(config: RandLoraConfig, min_dim: int) -> float:
 def same_numbers(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two bases of one size hold the same numbers, to the sign of a zero, in whatever dtypes."""
     pairs = zip(chunks(a), chunks(b), strict=True)
-    return all(np.array_equal(*(part.astype(np.float32).view(np.uint32) for part in pair)) for pair in pairs)
+    return all(np.array_equal(_float32_bits(one), _float32_bits(other)) for one, other in pairs)
+
+
+def _float32_bits(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float32).view(np.uint32)
 
 
 def chunks(array: np.ndarray) -> Iterator[np.ndarray]:

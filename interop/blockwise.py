@@ -58,15 +58,15 @@ def add(weight: np.ndarray, blocks: Iterable[tuple[Index, np.ndarray]], dtype: n
     """
     squares = Squares()
     for index, delta in blocks:
-        squares.update += np.vdot(delta, delta)
+        squares.update += float(np.vdot(delta, delta))
         exact = weight[index].astype(np.float64)
         exact += delta
-        squares.weight += np.vdot(exact, exact)
+        squares.weight += float(np.vdot(exact, exact))
         stored = rounded(exact, dtype)
         if not np.isfinite(stored).all():
             raise ValueError(f"W + dW is not finite in {dtype}. Check the base and the adapter.")
         error = exact - stored.astype(np.float64)
-        squares.error += np.vdot(error, error)
+        squares.error += float(np.vdot(error, error))
         if weight.dtype == dtype:
             weight[index] = stored
         else:

@@ -21,9 +21,11 @@ from interop.tensorfile import DTYPES, MAX_AXES
 
 MALFORMED = "{} holds malformed weights. Save the model again with save_pretrained, or download it again"
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334)
-NF4 += (-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224)
-NF4 += (0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+NF4: tuple[float, ...] = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
+    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # by bit pattern, in twelfths; with the sign bit, the same negative
 CODES = {"nf4": NF4, "fp4": tuple(sign * value / 12 for sign in (1, -1) for value in _FP4)}
 
@@ -285,6 +287,8 @@ def parse_state(piece: str, content: np.ndarray) -> QuantState:
 
 def _unnested(pieces: dict[str, np.ndarray], blocks: int, state: QuantState) -> np.ndarray:
     """The float32 scales that were quantized themselves. In numpy, as compilers fuse the sum: 1 bit off, at times."""
+    assert state.nested_blocksize is not None  # as parse_state saw to
+    assert state.nested_offset is not None
     _check_array("absmax", pieces["absmax"], np.uint8, blocks)
     _check_array("nested_absmax", pieces["nested_absmax"], np.float32, -(-blocks // state.nested_blocksize))
     _check_array("nested_quant_map", pieces["nested_quant_map"], np.float32, 256)

@@ -1,11 +1,13 @@
 """The `randlora` command: adapters looked into, rewritten, compared, merged and exported, without a framework."""
 
 import argparse
+import importlib.metadata
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from interop.commands import convert, diff, export_lora, inspect, merge, verify
 from interop.commands.shared import printable
@@ -41,6 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return TROUBLE
 
 
+class _Version(argparse.Action):
+    """Looked up only when asked for: commands also run from sources that are not installed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(f"randlora {importlib.metadata.version('randlora')}")
+        parser.exit()
+
+
 def _complain(command: str, text: str) -> None:
     print(printable(f"randlora {command}: {text}"), file=sys.stderr)
 
@@ -52,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"{EXIT_CODES}\n\n`randlora COMMAND --help` has examples.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version of the package, and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(

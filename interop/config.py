@@ -74,7 +74,7 @@ class RandLoraConfig(AdapterConfig):
 
     @property
     def ternary(self) -> bool:
-        """Whether the bases are ternary (`sparse` or `very_sparse`): then every recipe gives the same ones."""
+        """Whether the bases are ternary (`sparse` or `very_sparse`); then every recipe gives the same ones."""
         return self.sparse or self.very_sparse
 
     def to_dict(self) -> dict[str, Any]:

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from interop.adalora import SVDFactors
-from interop.adapter import Adapter, Factors, factors_kind
+from interop.adapter import Adapter, factors_kind
 from interop.bases import Bases
+from interop.delta import Factors
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
 from interop.integrity import not_finite
@@ -131,7 +132,7 @@ def _sorted(file: Any, config: AdapterConfig) -> tuple[_Sorted, list[str]]:
     return found, problems
 
 
-def _raise(path: Path, config: AdapterConfig, problems: list[str]) -> None:
+def _raise(path: Path | str, config: AdapterConfig, problems: list[str]) -> None:
     if problems:
         raise AdapterFormatError(bulleted(f"{path} is not a complete {config.METHOD} adapter", problems))
 

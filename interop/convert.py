@@ -3,7 +3,7 @@
 import importlib
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 from interop.adalora import AdaLoraConfig
 from interop.adapter import Adapter
@@ -11,12 +11,19 @@ from interop.config import RandLoraConfig
 from interop.files import load
 
 STACKS = {"jax": "randlora_jax", "torch": "randlora_torch"}
-_ADAPTERS = {RandLoraConfig: "RandLoraAdapter", AdaLoraConfig: "AdaLoraAdapter"}  # what each stack calls them
+# What each stack calls them.
+_ADAPTERS: dict[type, str] = {RandLoraConfig: "RandLoraAdapter", AdaLoraConfig: "AdaLoraAdapter"}
 _MODEL_ROOTS = {"flax": "jax", "torch": "torch"}  # package that a model's base class comes from -> stack
 _EXPLICIT = {"params", "randlora"}  # collections of linen variables that hold an adapter, but not its config
 TARGETS = (*STACKS, "peft")
 
 
+@overload
+def convert(
+    source: Any, to: Literal["peft"], *, adapter_name: str | None = ..., recipe: str | None = ...
+) -> Adapter: ...
+@overload
+def convert(source: Any, to: str, *, adapter_name: str | None = ..., recipe: str | None = ...) -> Any: ...
 def convert(source: Any, to: str, *, adapter_name: str | None = None, recipe: str | None = None) -> Any:
     """Move an adapter to another stack. Arrays are renamed, never recomputed: round trips give the same bytes.
 

@@ -1,7 +1,8 @@
 """The update dW of one layer in float64 numpy, both methods: the definition that the stacks are checked against.
 
 RandLoRA is `dW = s * sum_i B_i diag(lambda_i) A diag(gamma_i)` (arXiv:2502.00987), with PEFT's pairing of flat indices:
-row `k*n + b` of the scaled A meets column `b*r + k` of B. AdaLoRA is `dW = s * B diag(E) A` (arXiv:2303.10512).
+row q of the scaled A, counted as `k*n + b`, meets column q of B, counted as `basis*r + rank`. AdaLoRA is
+`dW = s * B diag(E) A` (arXiv:2303.10512).
 """
 
 from collections.abc import Iterator

@@ -78,7 +78,7 @@ class AdapterConfig(abc.ABC):
 
     def with_targets(self, target_modules: str | tuple[str, ...]) -> Self:
         """This config with other target_modules, and without the fields that select among them."""
-        selecting = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+        selecting: dict[str, Any] = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
         return dataclasses.replace(self, target_modules=target_modules, **selecting)
 
     def require_no_head(self) -> None:

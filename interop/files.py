@@ -90,7 +90,9 @@ def load(
             config = _parse_config(found)
             notes = read_notes(path, file.metadata)
             kept = file.again() if lazy else None
-            contents = read_tensors(path, file, config, read=kept and functools.partial(LazyTensor, kept))
+            contents = read_tensors(
+                path, file, config, read=None if kept is None else functools.partial(LazyTensor, kept)
+            )
         try:
             return _assemble(path, config, contents, notes, recipe)
         except AdapterFormatError as error:

@@ -94,7 +94,7 @@ def open_pair(directory: Path) -> Iterator[tuple[TensorFile, ConfigFile]]:
         OSError: saves go on so fast that no look at the folder falls between two of them.
     """
     path = directory / WEIGHTS_NAME
-    doubted = []
+    doubted: list[tuple[int, ...]] = []
     for _ in range(LOOKS):
         if not path.is_file():
             raise _missing(directory, WEIGHTS_NAME if (directory / CONFIG_NAME).is_file() else CONFIG_NAME)
@@ -177,7 +177,7 @@ def _only_saver(directory: Path) -> Iterator[bool]:
 
 def _locked(handle: int) -> bool:
     if fcntl is None:
-        return False
+        return False  # type: ignore[unreachable] # where mypy runs, it is there
     end = time.monotonic() + PATIENCE
     while True:
         try:

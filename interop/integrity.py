@@ -9,7 +9,7 @@ import numpy as np
 from interop.tensorfile import DTYPES, byte_chunks
 
 # Bits of the exponent: all are set in inf and nan, and in nothing else.
-_EXPONENT = {
+_EXPONENT: dict[np.dtype, np.unsignedinteger] = {
     DTYPES["F64"]: np.uint64(0x7FF0_0000_0000_0000),
     DTYPES["F32"]: np.uint32(0x7F80_0000),
     DTYPES["BF16"]: np.uint16(0x7F80),

@@ -91,11 +91,14 @@ def export_lora(
         A, B, errors[module] = _truncated(adapter, module, rank, FLOATS[dtype])
         return A, B
 
+    def factor(module: str, i: int) -> np.ndarray:
+        return pair(module)[i]
+
     tensors: dict[str, Any] = dict(adapter.saved_weights)
     for module in adapter.factors:
         out, inp = _shape(adapter, module)
         for i, (part, shape) in enumerate((("lora_A", (rank, inp)), ("lora_B", (out, rank)))):
-            made = _Made(shape, FLOATS[dtype], lambda module=module, i=i: pair(module)[i])
+            made = _Made(shape, FLOATS[dtype], functools.partial(factor, module, i))
             tensors[f"base_model.model.{module}.{part}.weight"] = made
     directory.mkdir(parents=True, exist_ok=True)
     config = json.dumps(_config(adapter, rank), indent=2, sort_keys=True).encode()

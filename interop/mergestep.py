@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from interop.adapter import Adapter
-from interop.blockwise import Rounding, add, cast, cast_piece
+from interop.blockwise import Rounding, Squares, add, cast, cast_piece
 from interop.bnb import Weight4bit, Weight8bit, read_weight
 from interop.bnb_quantize import CHUNK, quantize_4bit, quantize_8bit, quantize_scales
 from interop.mergeplan import Plan, Step, read_state, state_key
@@ -30,7 +30,8 @@ def take(step: Step, plan: Plan, model: ModelFolder, put: Put) -> Rounding | Non
         for key, spec in step.outputs.items():
             put(key, _copied(model, key, spec.dtype))
         return None
-    weight, squares = _value(step, plan.adapter, model), None
+    weight = _value(step, plan.adapter, model)
+    squares: Squares | None = None
     if step.module is not None:
         goal = _FLOAT32 if step.requantized else step.dtype
         squares = add(_matrix(step, weight), plan.adapter.delta_blocks(step.module, size=DELTA_ROWS), goal)
@@ -40,7 +41,7 @@ def take(step: Step, plan: Plan, model: ModelFolder, put: Put) -> Rounding | Non
             squares.error = error
     else:
         put(step.name, cast(weight.T if step.transposed and step.keys else weight, step.dtype))
-    return squares and squares.rounding()
+    return None if squares is None else squares.rounding()
 
 
 def _copied(model: ModelFolder, key: str, dtype: np.dtype) -> Iterator[Any]:
@@ -72,9 +73,11 @@ def _value(step: Step, adapter: Adapter, model: ModelFolder) -> np.ndarray:
 
 def _read(step: Step, model: ModelFolder) -> Weight4bit | Weight8bit:
     try:
-        return read_weight(model, step.name, step.keys)
+        weight = read_weight(model, step.name, step.keys)
     except ValueError as error:
         raise CheckpointFormatError(f"the base's weight is malformed: {error}") from error
+    assert not isinstance(weight, np.ndarray), f"{step.name} is not quantized"
+    return weight
 
 
 def _dequantized(weight: Weight4bit | Weight8bit, step: Step) -> np.ndarray:
@@ -94,8 +97,8 @@ def _pieces(weight: Weight4bit | Weight8bit) -> Iterator[tuple[int, np.ndarray]]
         rows = max(1, CHUNK // weight.shape[1])
         for start in range(0, len(weight.values), rows):
             part = slice(start, start + rows)
-            piece = Weight8bit(weight.values[part], weight.scales[part], _FLOAT32)
-            yield start * weight.shape[1], piece.dequantize().reshape(-1)
+            some_rows = Weight8bit(weight.values[part], weight.scales[part], _FLOAT32)
+            yield start * weight.shape[1], some_rows.dequantize().reshape(-1)
         return
     for start in range(0, size, CHUNK):
         stop, block = min(start + CHUNK, size), start // weight.blocksize
@@ -110,6 +113,7 @@ def _pieces(weight: Weight4bit | Weight8bit) -> Iterator[tuple[int, np.ndarray]]
 
 def _requantize(step: Step, weight: np.ndarray, model: ModelFolder, put: Put) -> float:
     """Quantize a weight in the base's own way; returns the sum of squares of what that changed."""
+    quantized: Weight4bit | Weight8bit
     if "SCB" in step.keys:
         quantized = _requantize_8bit(step, weight, put)
     else:
@@ -120,7 +124,7 @@ def _requantize(step: Step, weight: np.ndarray, model: ModelFolder, put: Put) ->
     flat, error = weight.reshape(-1), 0.0
     for start, values in _pieces(quantized):
         difference = flat[start : start + values.size] - values.astype(np.float64)
-        error += np.vdot(difference, difference)
+        error += float(np.vdot(difference, difference))
     return error
 
 
@@ -132,11 +136,11 @@ def _requantize_8bit(step: Step, weight: np.ndarray, put: Put) -> Weight8bit:
 
 
 def _requantize_4bit(step: Step, weight: np.ndarray, model: ModelFolder, put: Put) -> Weight4bit:
-    state, nested = read_state(model, step.keys)
+    state, _ = read_state(model, step.keys)
     code = tuple(model.tensor(step.keys["quant_map"]).tolist())
     packed, absmax = quantize_4bit(weight, state.quant_type, state.blocksize, state.dtype)
     put(step.name, [packed])
-    if nested:
+    if state.nested_blocksize is not None:
         absmax = _requantize_scales(step, absmax, state.nested_blocksize, model, put)
     else:
         put(step.keys["absmax"], [absmax])

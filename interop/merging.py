@@ -176,6 +176,6 @@ def _write_config_and_index(plan: Plan, model: ModelFolder, work: Path) -> list[
             new = (math.prod(spec.shape) for step, spec in outputs.values() if step.new)
             metadata["total_parameters"] += sum(new)
         weight_map = {key: step.file[key] for key, (step, _) in sorted(outputs.items())}
-        content = json.dumps({**index, "metadata": metadata, "weight_map": weight_map}, indent=2)
-        (work / INDEX_NAME).write_text(content + "\n", encoding="utf-8")
+        merged = json.dumps({**index, "metadata": metadata, "weight_map": weight_map}, indent=2)
+        (work / INDEX_NAME).write_text(merged + "\n", encoding="utf-8")
     return [CONFIG_NAME, INDEX_NAME]

@@ -46,7 +46,7 @@ class TensorWriter:
         self._file.seek(self._starts[key])
         missing = self._missing.pop(key)
         for piece in pieces:
-            content = memoryview(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
+            content = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
             self._file.write(content)
             missing -= len(content)
         assert missing == 0, f"{key} has another size than its header says"
@@ -123,8 +123,10 @@ def copy_others(source: Path, work: Path, taken: Iterable[str]) -> list[str]:
     return left_out
 
 
-_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".pickle", ".pkl")
-_WEIGHTS += (".ckpt", ".h5", ".msgpack", ".msgpack.index.json", ".h5.index.json", ".gguf", ".onnx", ".onnx_data", ".ot")
+_WEIGHTS = (
+    *(".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".pickle", ".pkl"),
+    *(".ckpt", ".h5", ".msgpack", ".msgpack.index.json", ".h5.index.json", ".gguf", ".onnx", ".onnx_data", ".ot"),
+)
 
 
 def _is_left_out(name: str) -> bool:

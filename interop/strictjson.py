@@ -45,8 +45,10 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         seen: set[str] = set()
-        name = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise JSONError(f"has the key {legible(repr(name))} twice")
+        for name, _ in pairs:
+            if name in seen:
+                raise JSONError(f"has the key {legible(repr(name))} twice")
+            seen.add(name)
     return found
 
 

@@ -24,9 +24,9 @@ from interop.strictjson import MAX_BYTES, JSONError, parse_object
 _NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool", "U8": "uint8"}
 _NAMES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"}
 DTYPES = {code: np.dtype(getattr(ml_dtypes, name, name)) for code, name in _NAMES.items()}
-_MORE = {"U64": "uint64", "U32": "uint32", "U16": "uint16", "C64": "complex64"}
-_MORE |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
-_MORE = {code: getattr(ml_dtypes, name, getattr(np, name, None)) for code, name in _MORE.items()}
+_MORE_NAMES = {"U64": "uint64", "U32": "uint32", "U16": "uint16", "C64": "complex64"}
+_MORE_NAMES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu"}
+_MORE = {code: getattr(ml_dtypes, name, getattr(np, name, None)) for code, name in _MORE_NAMES.items()}
 READABLE = DTYPES | {code: np.dtype(kind) for code, kind in _MORE.items() if kind}  # a base model may hold more
 _CODES = {dtype: code for code, dtype in READABLE.items()}
 MAX_AXES, MAX_SIZE = 16, 2**31 - 1  # of one tensor: axes, and the length of each
@@ -102,7 +102,7 @@ class TensorFile:
         entry = self._entries[key]
         array = np.empty(entry.shape, entry.dtype)
         if entry.nbytes:
-            _read_into(memoryview(array.reshape(-1).view(np.uint8)), self._file, entry.start)
+            _read_into(array.reshape(-1).view(np.uint8).data, self._file, entry.start)
         return array
 
     def chunks(self, key: str) -> Iterator[memoryview]:
@@ -183,7 +183,7 @@ def byte_chunks(tensor: Any) -> Iterator[memoryview]:
     if isinstance(tensor, LazyTensor):
         yield from tensor.chunks()
         return
-    flat = memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))
+    flat = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
     yield from (flat[start : start + _CHUNK] for start in range(0, len(flat), _CHUNK))
 
 
@@ -196,7 +196,7 @@ def _read_into(buffer: memoryview, file: BinaryIO, start: int) -> None:
         done += count
 
 
-def _read_once(buffer: memoryview, file: BinaryIO, start: int) -> int:
+def _read_once(buffer: memoryview, file: Any, start: int) -> int:
     if hasattr(os, "preadv"):  # other threads, and processes since a fork, may read from here at the same time
         return os.preadv(file.fileno(), [buffer], start)
     with _seeking:

@@ -54,7 +54,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was lost: no problems, and every error within the tolerance."""
+        """Whether nothing was lost; there are no problems, and every error is within the tolerance."""
         errors = [error for layer in self.layers for error in layer.errors.values()]
         errors += [] if self.logits_error is None else [self.logits_error]
         return not self.problems and bool(self.layers) and all(error <= self.tolerance for error in errors)

@@ -3,6 +3,15 @@
 What AdaLoRA has besides, such as its own `init` and the allocator of ranks, is in `randlora_jax.adalora`.
 """
 
+try:
+    import flax  # noqa: F401
+    import jax  # noqa: F401
+    import jaxtyping  # noqa: F401
+    import optax  # noqa: F401
+    import yaml  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(f"{error.name} is not installed. Run: pip install 'randlora[jax]'", name=error.name) from error
+
 from interop.adalora import AdaLoraConfig
 from interop.config import RandLoraConfig
 from randlora_jax.adalora import AdaLoraAdapter

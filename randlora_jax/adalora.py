@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from interop.adalora import AdaLoraConfig, keep_triplets
+from interop.adalora import AdaLoraConfig, SVDFactors, keep_triplets
 from interop.fields import AdapterConfig
 from randlora_jax.adalora_adapter import AdaLoraAdapter, stack_triplets
 from randlora_jax.adapter import weights_of
@@ -77,6 +77,7 @@ def init(
         raise TypeError(f"config is a {type(config).__name__}: pass an AdaLoraConfig, or use randlora_jax.init.")
     leaves = named_leaves(params)
     adapter = new_adapter(config, find_kernels(leaves, layouts), key=key, dtype=dtype)
+    assert isinstance(adapter, AdaLoraAdapter)
     return like_kernels(adapter, leaves)
 
 
@@ -122,7 +123,8 @@ def prune(adapter: AdaLoraAdapter, state: Any) -> AdaLoraAdapter:
             "state is that of a rank_allocator for another adapter, or for this one before it was pruned: pass the"
             " adapter that was trained with it."
         )
-    factors, kept = {}, {}
+    factors: dict[str, SVDFactors] = {}
+    kept: dict[str, tuple[bool, ...]] = {}
     for name, modules in adapter.weight_names.items():
         stacked = adapter.factors[name]
         left = (to_host(masks[name]) | (to_host(stacked.E)[..., 0] != 0)) & present[name]

@@ -15,7 +15,7 @@ import numpy as np
 from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter
 from randlora_jax.adapter import KernelAdapter, refuse_saved_weights
-from randlora_jax.kernels import is_stacked
+from randlora_jax.kernels import AnyFactors, is_stacked
 from randlora_jax.layouts import Layout
 
 
@@ -39,8 +39,8 @@ class AdaLoraAdapter(KernelAdapter):
     layouts: tuple[tuple[str, Layout], ...] = dataclasses.field(default=(), metadata={"static": True})
     dtype: np.dtype | None = dataclasses.field(default=None, metadata={"static": True})
 
-    bases: ClassVar[None] = None
-    recipe: ClassVar[None] = None
+    bases: ClassVar[None] = None  # type: ignore[misc] # no fields: there are none
+    recipe: ClassVar[None] = None  # type: ignore[misc]
 
     @property
     def present(self) -> dict[str, np.ndarray]:
@@ -67,8 +67,9 @@ class AdaLoraAdapter(KernelAdapter):
         factors = jax.tree.map(jnp.asarray, dict(adapter.factors))
         return cls(factors=factors, config=adapter.config, shapes=tuple(adapter.shapes.items()))
 
-    def _as_stored(self, module: str, factors: SVDFactors) -> SVDFactors:
+    def _as_stored(self, module: str, factors: AnyFactors) -> SVDFactors:
         """The factors of one weight without padding."""
+        assert isinstance(factors, SVDFactors)
         rank = self.config.rank(module)
         A, E, B = factors
         return SVDFactors(A[:rank], E[:rank], np.ascontiguousarray(B[:, :rank]))

@@ -15,9 +15,10 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
 from interop.adalora import AdaLoraConfig
-from interop.adapter import Adapter, Factors, resolve_shape
+from interop.adapter import Adapter, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
+from interop.delta import Factors
 from interop.fields import AdapterConfig
 from interop.files import save
 from interop.storage import Origin, Used
@@ -26,6 +27,7 @@ from randlora_jax.kernels import AnyFactors, is_stacked, weight_deltas
 from randlora_jax.layouts import Layout, weight_names
 
 This = TypeVar("This", bound="KernelAdapter")
+Parts = TypeVar("Parts", bound=AnyFactors)
 
 
 class KernelAdapter:
@@ -50,7 +52,7 @@ class KernelAdapter:
 
     @property
     def trainable(self) -> dict[str, Any]:
-        """The pytree that gradients and optimizer states are made for: the factors, without any bases."""
+        """The pytree that gradients and optimizer states are made for, the factors without any bases."""
         return self.factors
 
     @property
@@ -68,7 +70,7 @@ class KernelAdapter:
         if set(trainable) != set(self.factors):
             differing = sorted(set(trainable) ^ set(self.factors))
             raise ValueError(f"trainable must hold the {len(self.factors)} adapted layers; these differ: {differing}.")
-        return dataclasses.replace(self, factors=trainable)
+        return self._with(factors=trainable)
 
     def with_layouts(self: This, layouts: Mapping[str, Layout]) -> This:
         """This adapter, knowing the layouts of kernels that are no plain 2-D matrices, by module name.
@@ -79,7 +81,11 @@ class KernelAdapter:
         unknown = sorted(set(layouts) - set(self.factors))
         if unknown:
             raise ValueError(f"layouts are given for {unknown}, which are not adapted. The adapter has {self.modules}.")
-        return dataclasses.replace(self, layouts=tuple({**dict(self.layouts), **layouts}.items()))
+        return self._with(layouts=tuple({**dict(self.layouts), **layouts}.items()))
+
+    def _with(self: This, **changes: Any) -> This:
+        own: Any = self  # a dataclass, which this class itself is not
+        return dataclasses.replace(own, **changes)
 
     def delta_weight(
         self, module: str, shape: tuple[int, int] | None = None
@@ -116,7 +122,7 @@ class KernelAdapter:
         Arrays that are spread over several processes are gathered: call it in all of them.
         """
         factors = jax.tree.map(to_host, self.factors)
-        names, shapes = self.weight_names, self.shapes and dict(self.shapes)
+        names, shapes = self.weight_names, None if self.shapes is None else dict(self.shapes)
         return Adapter(
             config=self.config,
             factors={
@@ -126,7 +132,7 @@ class KernelAdapter:
             },
             bases=None if self.bases is None else whole_bases(self.bases),
             recipe=self.recipe,
-            shapes=shapes and {module: shapes[name] for name in names for module in names[name]},
+            shapes=None if shapes is None else {module: shapes[name] for name in names for module in names[name]},
         )
 
     def _as_stored(self, module: str, factors: AnyFactors) -> AnyFactors:
@@ -193,7 +199,7 @@ class RandLoraAdapter(KernelAdapter):
             )
         refuse_saved_weights(adapter, "lambda and gamma")
         factors, bases = jax.tree.map(jnp.asarray, dict(adapter.factors)), hold_bases(Used(adapter.bases, origin))
-        shapes = adapter.shapes and tuple(adapter.shapes.items())
+        shapes = None if adapter.shapes is None else tuple(adapter.shapes.items())
         return cls(factors=factors, bases=bases, config=adapter.config, shapes=shapes, recipe=adapter.recipe)
 
 
@@ -207,7 +213,7 @@ def refuse_saved_weights(adapter: Adapter, factors: str) -> None:
         )
 
 
-def weights_of(factors: AnyFactors) -> list[AnyFactors]:
+def weights_of(factors: Parts) -> list[Parts]:
     """The factors of each weight of a kernel."""
     if not is_stacked(factors):
         return [factors]

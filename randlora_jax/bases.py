@@ -63,7 +63,7 @@ def hold_bases(used: Used) -> Bases:
     """Bases of numpy on the default device: A as it is, B as narrow as it goes, in a `HeldBasis` if that changes it."""
     (A, B), origin = used
     values, scale = store(B)
-    held = jnp.asarray(values)
+    held: Any = jnp.asarray(values)
     if origin is not None or held.dtype != B.dtype:
         held = HeldBasis(held, scale, B.dtype, origin)
     return Bases(jnp.asarray(A), held)

@@ -7,7 +7,7 @@ differentiated, so nothing is computed for one that is not, also outside of jit.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -225,7 +225,8 @@ def adapted_linear(
             f" {kernel.shape[0]}: pass the transposed kernel if it is (out, in)."
         )
     check_holds_update(kernel)
-    static = _Static(kernel.shape, scaling, plan, keep_weight, None if dtype is None else np.dtype(dtype), kernels)
+    shape = cast(tuple[int, int], kernel.shape)
+    static = _Static(shape, scaling, plan, keep_weight, None if dtype is None else np.dtype(dtype), kernels)
     return _checked_linear(x, kernel, Operands(bases_A, bases_B, lam, gamma), static)
 
 

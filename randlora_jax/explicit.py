@@ -2,15 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from interop.adapter import Factors, gamma_start
+from interop.adapter import gamma_start
 from interop.bases import Bases, make_bases
 from interop.config import RandLoraConfig
+from interop.delta import Factors
 from interop.shapes import factor_shapes, shared_dims
 from interop.storage import used_bases
 from randlora_jax.bases import hold_bases, layer_bases
@@ -122,4 +123,6 @@ def multiply(
     **options: Any,
 ) -> Float[Array, "*batch outputs"]:
     """`inputs @ (W + dW)` by `adapted_linear`, which gets the options, from the shared bases."""
-    return adapted_linear(inputs, weight, *layer_bases(bases, weight.shape[::-1]), *factors, **options)
+    return adapted_linear(
+        inputs, weight, *layer_bases(bases, cast(tuple[int, int], weight.shape[::-1])), *factors, **options
+    )

@@ -94,8 +94,9 @@ def delta_weight(
 ) -> Float[Array, "rows columns"]:
     """Dense update `scaling * B (lam * A * gamma)`, long side first, in PEFT's pairing of flat indices.
 
-    Row `k*n + b` of the scaled A meets column `b*r + k` of B: the sum of arXiv:2502.00987 up to a fixed shuffle of
-    random columns. Costs O(D n r d) time and a (D, d) result, in float32 or wider. Differentiable in lam and gamma.
+    Row q of the scaled A, counted as `k*n + b`, meets column q of B, counted as `basis*r + rank`: the sum of
+    arXiv:2502.00987 up to a fixed shuffle of random columns. Costs O(D n r d) time and a (D, d) result, in float32 or
+    wider. Differentiable in lam and gamma.
 
     Args:
         bases_A: See `layer_bases`; so is bases_B.

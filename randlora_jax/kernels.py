@@ -12,8 +12,8 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from interop.adalora import SVDFactors
-from interop.adapter import Factors
 from interop.bases import Bases
+from interop.delta import Factors
 from interop.errors import bulleted
 from randlora_jax.bases import layer_bases
 from randlora_jax.contraction import check_holds_update

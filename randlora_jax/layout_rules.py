@@ -8,8 +8,8 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 from randlora_jax.layouts import Layout, default_layout
 
@@ -72,8 +72,7 @@ class LayoutRule:
         """Check what can be checked without a model."""
         for field in _AXES:
             given = getattr(self, field)
-            if given is not None:
-                object.__setattr__(self, field, (given,) if isinstance(given, int) else tuple(given))
+            object.__setattr__(self, field, _as_tuple(given))
         if isinstance(self.modules, list):
             object.__setattr__(self, "modules", tuple(self.modules))
         problem = next(self._problems(), None)
@@ -95,7 +94,7 @@ class LayoutRule:
         if match is None or axes is None:
             return None
         sizes = [parameter.shape[axis] for axis in axes.stack_axes]
-        templates = self.modules if isinstance(self.modules, tuple) else (self.modules,)
+        templates = (self.modules,) if isinstance(self.modules, str) else tuple(self.modules)
         if self.fused_axis is not None and sizes.pop() != len(templates):
             raise ValueError(
                 f"the layout rule for kernel={self.kernel!r} lists {len(templates)} modules, but {parameter} holds"
@@ -103,7 +102,9 @@ class LayoutRule:
             )
         indices = itertools.product(*map(range, sizes))
         names = [_expand(match, template, index) for index in indices for template in templates]
-        scale = 1 / math.sqrt(parameter.shape[axes.out_axes[-1]]) if self.scale == HEAD_SCALE else self.scale
+        scale = (
+            1 / math.sqrt(parameter.shape[axes.out_axes[-1]]) if self.scale == HEAD_SCALE else cast(float, self.scale)
+        )
         before = known or axes
         return dataclasses.replace(
             axes,
@@ -124,10 +125,10 @@ class LayoutRule:
     def _axes(self, parameter: Parameter, known: Layout | None) -> Layout | None:
         """The axes of a parameter whose name fits; None if the parameter has others than the rule is for."""
         ndim = len(parameter.shape)
-        stack = self.stack_axes
-        if stack is None:
-            stack = range(self._counted) if known is None or self.in_axes is not None else known.stack_axes
-        stack = (*(axis for axis in stack if axis not in self._fused), *self._fused)
+        counted = _as_tuple(self.stack_axes)
+        if counted is None:
+            counted = tuple(range(self._counted)) if known is None or self.in_axes is not None else known.stack_axes
+        stack = (*(axis for axis in counted if axis not in self._fused), *self._fused)
         if max(stack, default=0) >= ndim or len(stack) != self._counted + len(self._fused):
             return None
         groups = self._groups(parameter, known, stack)
@@ -145,14 +146,15 @@ class LayoutRule:
         self, parameter: Parameter, known: Layout | None, stack: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """The axes of inputs and of outputs, when those of stacked and fused weights are taken out."""
-        if self.in_axes is not None and self.out_axes is not None:
-            return self.in_axes, self.out_axes
+        given_in, given_out = _as_tuple(self.in_axes), _as_tuple(self.out_axes)
+        if given_in is not None and given_out is not None:
+            return given_in, given_out
         if known is not None:
             inputs, outputs = (tuple(a for a in axes if a not in stack) for axes in (known.in_axes, known.out_axes))
             return inputs, outputs
         rest = [axis for axis in range(len(parameter.shape)) if axis not in stack]
         plain = default_layout((parameter.leaf,), len(rest)) if parameter.leaf else None
-        return plain and ((rest[plain.in_axes[0]],), (rest[plain.out_axes[0]],))
+        return None if plain is None else ((rest[plain.in_axes[0]],), (rest[plain.out_axes[0]],))
 
     @property
     def _counted(self) -> int:
@@ -164,7 +166,7 @@ class LayoutRule:
         modules = (self.modules,) if isinstance(self.modules, str) else self.modules
         return [name for name in modules if name is not None]
 
-    def _problems(self) -> Iterable[str]:
+    def _problems(self) -> Iterator[str]:
         """What is wrong with the rule as such, the first of which is reported."""
         try:
             groups = self.pattern
@@ -172,7 +174,7 @@ class LayoutRule:
             yield f"it is no regular expression, {error}."
             return
         many = isinstance(self.modules, tuple)
-        names = self.modules if many else (self.modules,)
+        names = self.modules if isinstance(self.modules, tuple) else (self.modules,)
         if not any(names) or not all(name is None or (isinstance(name, str) and name) for name in names):
             yield f"modules={self.modules!r} names no weight: give a name, or the list of names along fused_axis."
             return
@@ -185,37 +187,46 @@ class LayoutRule:
         counted = {tuple(index in name for index in _INDICES) for name in self._templates}
         if len(counted) > 1 or (False, True) in counted:
             yield f"modules={self.modules!r} must all count the same stack_axes, the first with {{i}}, then {{j}}."
-        if self.stack_axes is not None and len(self.stack_axes) != self._counted:
+        stack_axes = _as_tuple(self.stack_axes)
+        if stack_axes is not None and len(stack_axes) != self._counted:
             yield (
-                f"stack_axes={self.stack_axes} are {len(self.stack_axes)}, modules={self.modules!r} count"
+                f"stack_axes={stack_axes} are {len(stack_axes)}, modules={self.modules!r} count"
                 f" {self._counted}: write {{i}} for the index along the first of them, {{j}} along the second."
             )
         yield from self._problems_of_axes()
         yield from self._problems_of_values()
 
-    def _problems_of_axes(self) -> Iterable[str]:
-        given = (self.in_axes, self.out_axes, self.stack_axes, self._fused)
+    def _problems_of_axes(self) -> Iterator[str]:
+        in_axes, out_axes, stack_axes = map(_as_tuple, (self.in_axes, self.out_axes, self.stack_axes))
+        given = (in_axes, out_axes, stack_axes, self._fused)
         for axis in itertools.chain.from_iterable(axes or () for axes in given):
             if not isinstance(axis, int) or axis < 0:
                 yield f"axis {axis!r}: give integers, and count axes from the first, which is 0."
                 return
         if (self.in_axes is None) != (self.out_axes is None):
             yield f"in_axes={self.in_axes} and out_axes={self.out_axes}: give both, or neither."
-        elif self.in_axes is not None:
+        elif in_axes is not None and out_axes is not None:
             if self.stack_axes is None and self._counted:
                 yield f"modules={self.modules!r} count stack_axes: give these as well as in_axes and out_axes."
             try:
-                Layout(self.in_axes, self.out_axes, (*(self.stack_axes or ()), *self._fused))
+                Layout(in_axes, out_axes, (*(stack_axes or ()), *self._fused))
             except ValueError as error:
                 yield str(error)
 
-    def _problems_of_values(self) -> Iterable[str]:
+    def _problems_of_values(self) -> Iterator[str]:
         number = isinstance(self.scale, int | float) and math.isfinite(self.scale) and self.scale != 0
         if not number and self.scale != HEAD_SCALE:
             yield f"scale={self.scale!r}: give a finite number other than 0, or {HEAD_SCALE!r}."
         for field in ("interleaved", "optional"):
             if not isinstance(getattr(self, field), bool):
                 yield f"{field}={getattr(self, field)!r}: give true or false."
+
+
+def _as_tuple(axes: Sequence[int] | int | None) -> tuple[int, ...] | None:
+    """What `LayoutRule` holds its axes as."""
+    if axes is None or isinstance(axes, int):
+        return None if axes is None else (axes,)
+    return tuple(axes)
 
 
 def _expand(match: re.Match[str], template: str | None, index: tuple[int, ...]) -> str | None:
@@ -228,7 +239,7 @@ def _expand(match: re.Match[str], template: str | None, index: tuple[int, ...]) 
     return name
 
 
-def _problems_of_name(name: str, pattern: re.Pattern[str]) -> Iterable[str]:
+def _problems_of_name(name: str, pattern: re.Pattern[str]) -> Iterator[str]:
     for number, group in re.findall(r"\\(?:(\d+)|g<(\w+)>)", name):
         known = int(number or group) <= pattern.groups if (number or group).isdigit() else group in pattern.groupindex
         if not known:

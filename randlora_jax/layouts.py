@@ -104,7 +104,7 @@ class Layout:
     def to_kernel(
         self, weight: Float[Array, "*stack rows columns"], kernel_shape: tuple[int, ...], *, in_first: bool = False
     ) -> Float[Array, "..."]:
-        """Torch weights (*stack_shape, out, in), or transposed ones (*stack_shape, in, out), in the kernel's layout."""
+        """Torch weights `(*stack_shape, out, in)`, or transposed `(*stack_shape, in, out)`, in the kernel's layout."""
         groups = (self.in_axes, self.out_axes) if in_first else (self.out_axes, self.in_axes)
         order = (*self.stack_axes, *groups[0], *groups[1])
         split = weight.reshape([kernel_shape[axis] for axis in order])
@@ -114,7 +114,7 @@ class Layout:
         return kernel if self.scale == 1 else kernel * self.scale
 
     def to_torch(self, kernel: Float[Array, "..."]) -> Float[Array, "*stack outputs inputs"]:
-        """The inverse of `to_kernel`: torch weights (*stack_shape, out, in) of a kernel.
+        """The inverse of `to_kernel`: torch weights `(*stack_shape, out, in)` of a kernel.
 
         Raises:
             ValueError: the kernel has another number of axes.
@@ -148,14 +148,14 @@ class Layout:
         """The layout of one slice, after transformations took these stack_axes."""
         kept = tuple(axis for axis in self.stack_axes if axis not in gone)
         shift = {axis: axis - sum(other < axis for other in gone) for axis in range(self.ndim)}
-        renumbered = [tuple(shift[axis] for axis in axes) for axes in (self.in_axes, self.out_axes, kept)]
-        return Layout(*renumbered, scale=self.scale, interleaved=self.interleaved)
+        inp, out, stack = (tuple(shift[axis] for axis in axes) for axes in (self.in_axes, self.out_axes, kept))
+        return Layout(inp, out, stack, scale=self.scale, interleaved=self.interleaved)
 
     def within(self, stacked: int) -> "Layout":
         """The layout with so many stack_axes more, in front of all axes, and default names for the weights."""
-        moved = [tuple(axis + stacked for axis in axes) for axes in (self.in_axes, self.out_axes, self.stack_axes)]
-        stack_axes = (*range(stacked), *moved[2])
-        return Layout(*moved[:2], stack_axes, scale=self.scale, interleaved=self.interleaved)
+        groups = (self.in_axes, self.out_axes, self.stack_axes)
+        inp, out, stack = (tuple(axis + stacked for axis in axes) for axes in groups)
+        return Layout(inp, out, (*range(stacked), *stack), scale=self.scale, interleaved=self.interleaved)
 
     def align(self, array: Float[Array, "*weights rows columns"], kernel_shape: tuple[int, ...]) -> Float[Array, "..."]:
         """Put stacked factors on the kernel's own stack_axes, so that a scan or vmap slices both alike.

@@ -90,7 +90,7 @@ class _Update:
     dtype: np.dtype | None
 
 
-class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
+class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
     """A kernel with its factors on the same stack axes; `unbox` gives W + dW.
 
     Attributes:
@@ -105,8 +105,8 @@ class RandLoraBox(struct.PyTreeNode, nn.meta.AxisMetadata):
 
     def unbox(self, apply_constraint: bool = True) -> jax.Array:
         """W + dW of the kernel, or of the slice of it that a scan or vmap is working on."""
-        inner = self.value
-        if isinstance(inner, nn.meta.AxisMetadata):
+        inner: Any = self.value
+        if isinstance(self.value, nn.meta.AxisMetadata):
             inner = inner.unbox(apply_constraint)
         weight = dequantize(inner)
         if self.update is None or self.factors is None:
@@ -145,7 +145,7 @@ def extract_lazy(variables: Any) -> AnyAdapter:
         TypeError: they are those of a model of `RandLoraLinear` layers, which do not hold the adapter's config.
     """
     leaves = jax.tree_util.tree_leaves_with_path(variables, is_leaf=lambda leaf: isinstance(leaf, RandLoraBox))
-    boxes = {
+    boxes: dict[str, Any] = {
         module_name(path_parts(path)): leaf
         for path, leaf in leaves
         if isinstance(leaf, RandLoraBox) and leaf.update is not None
@@ -173,4 +173,6 @@ def extract_lazy(variables: Any) -> AnyAdapter:
     }
     if isinstance(first.config, AdaLoraConfig):
         return AdaLoraAdapter(**common)
-    return RandLoraAdapter(bases=_bases(first), recipe=first.recipe, **common)
+    bases = _bases(first)
+    assert bases is not None
+    return RandLoraAdapter(bases=bases, recipe=first.recipe, **common)

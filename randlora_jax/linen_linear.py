@@ -15,9 +15,9 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array
 
-from interop.adapter import Factors
 from interop.bases import DEFAULT_RECIPE, Bases
 from interop.config import RandLoraConfig
+from interop.delta import Factors
 from interop.errors import bulleted
 from interop.plans import check_plan
 from randlora_jax.adapter import RandLoraAdapter
@@ -130,7 +130,7 @@ class RandLoraLinear(nn.Module):
         factors = self._factors(config, shape)
         drops = self._drops(config.randlora_dropout, deterministic)
         promoted, _, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
-        options = {"scaling": config.scaling, "plan": self.plan}
+        options: dict[str, Any] = {"scaling": config.scaling, "plan": self.plan}
         if drops:
             dropped = nn.Dropout(config.randlora_dropout, name="dropout")(promoted, deterministic=False)
             y = add_update(self._product(inputs, kernel), dropped, bases.bases, factors, **options)

@@ -60,13 +60,17 @@ _KERAS_HUB_GEMMA3 = (
 )
 
 
+Axes = tuple[tuple[int, ...], tuple[int, ...]]  # of inputs, of outputs
+
+
 def _maxtext(**rotary: dict[str, Any]) -> tuple[LayoutRule, ...]:
     """MaxText, src/maxtext/checkpoint_conversion/utils/param_mapping.py at 0647496f: layers scanned on axis 1, or not.
 
     Args:
         **rotary: What is done to the query and the key besides.
     """
-    rules = []
+    rules: list[tuple[str, str, Axes, dict[str, Any]]] = []
+    axes: Axes
     for theirs, name in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
         axes = ((0,), (2, 3)) if name != "o" else ((0, 2), (3,))
         rules.append((f"self_attention/{theirs}", f"self_attn.{name}_proj", axes, rotary.get(theirs, {})))
@@ -74,7 +78,7 @@ def _maxtext(**rotary: dict[str, Any]) -> tuple[LayoutRule, ...]:
         rules.append((f"mlp/{theirs}", f"mlp.{name}_proj", ((0,), (2,)), {}))
     return (
         *(
-            LayoutRule(f"(?:base/)?decoder/layers/{theirs}", f"model.layers.{{i}}.{name}", *axes, stack_axes=1, **other)
+            LayoutRule(f"(?:base/)?decoder/layers/{theirs}", f"model.layers.{{i}}.{name}", *axes, 1, **other)
             for theirs, name, axes, other in rules
         ),
         *(
@@ -87,13 +91,14 @@ def _maxtext(**rotary: dict[str, Any]) -> tuple[LayoutRule, ...]:
     )
 
 
-def _unscanned(axes: tuple[tuple[int, ...], tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _unscanned(axes: Axes) -> Axes:
     """The axes of a kernel without axis 1."""
-    return [tuple(axis - (axis > 1) for axis in group) for group in axes]
+    inputs, outputs = (tuple(axis - (axis > 1) for axis in group) for group in axes)
+    return inputs, outputs
 
 
 # Models of any library whose modules have transformers' names, but for how they count layers: "layers_0" by linen,
-# "layers.0" by NNX (examples/llama_nnx.py), or "layers" for a stack of all that is scanned or vmapped.
+# "layers.0" by NNX (examples/demo/llama_nnx.py), or "layers" for a stack of all that is scanned or vmapped.
 _STACKS = "(.*/)?(layers?|h|blocks?)"
 _HUGGING_FACE = (
     LayoutRule(_STACKS + r"_(\d+)/(.+)", r"\1\2.\3.\4"),

@@ -24,7 +24,7 @@ def resolve_layouts(
 
     Args:
         layouts: Layouts by name, which are returned as they are; or rules: the name of a built-in table (one of
-            `LAYOUTS`), a YAML file of rules, `LayoutRule`s, or dicts of their fields.
+            `LAYOUTS`), a YAML file of rules, a list of `LayoutRule`, or dicts of their fields.
         leaves: Path and leaf of each parameter of the model.
         known: Layouts by other means, which the rules only name.
 
@@ -117,9 +117,10 @@ def read_rules(source: Rules) -> tuple[tuple[LayoutRule, ...], str | None]:
     where = "layouts"
     if isinstance(source, str | os.PathLike):
         where, source = str(source), _read_yaml(Path(source))
-    if not isinstance(source, Sequence) or not source:
+    rules: Any = source
+    if not isinstance(rules, Sequence) or not rules:
         raise ValueError(f"{where}: {source!r} is no list of rules. Give a list of fields of LayoutRule, one or more.")
-    return tuple(_rule(number, rule, where) for number, rule in enumerate(source)), None
+    return tuple(_rule(number, rule, where) for number, rule in enumerate(rules)), None
 
 
 def _read_yaml(path: Path) -> Any:

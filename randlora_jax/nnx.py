@@ -55,7 +55,7 @@ def attach(
         adapter_name: What `set_adapter`, `extract` and `delete_adapter` call it, an identifier.
         layouts: Those of `model_layouts(model, *inputs)`; or of single kernels by dotted name, e.g.
             `{"attn.query": Layout((0,), (1, 2))}`; or what gives the names that kernels have
-            in adapter files: one of `LAYOUTS`, such as "tunix-gemma3", a YAML file, or `LayoutRule`s, see `init`.
+            in adapter files: one of `LAYOUTS`, such as "tunix-gemma3", a YAML file, or a `LayoutRule` list; see `init`.
         recipe: How the bases of a new adapter are drawn, see `interop.RECIPES`.
         rngs: Needed for a new adapter of AdaLoRA, or one with `init_weights=False`, only.
         dtype: What the operands of the large products are rounded to, e.g. bfloat16; see `init`.

@@ -13,6 +13,7 @@ from jaxtyping import Array
 
 from interop.bases import DEFAULT_RECIPE, Bases
 from interop.config import RandLoraConfig
+from interop.delta import Factors
 from interop.plans import check_plan
 from randlora_jax.explicit import add_update, check_fits, make_shared_bases, multiply, start_factors
 from randlora_jax.kernels import Kernel, on_explicit_mesh
@@ -89,7 +90,7 @@ class RandLoraLinear(nnx.Linear):
         shared = Bases(bases.randlora_A, bases.randlora_B)
         weight.adapters[ADAPTER_NAME] = LayerAdapter(factors, static, shared)
         weight.activate(ADAPTER_NAME)
-        self.kernel = weight
+        self.kernel = weight  # type: ignore[assignment] # it stands for the nnx.Param
         self.plan, self.keep_weight = plan, keep_weight
         rate = bases.config.randlora_dropout
         self.dropout = nnx.Dropout(rate, rngs=_dropout_stream(rngs, rate) if rate else None)
@@ -117,6 +118,8 @@ class RandLoraLinear(nnx.Linear):
         if part is None:
             return super().__call__(inputs, out_sharding)
         weight, config = dequantize(self.kernel.base.get_value()), part.static.config
+        assert isinstance(config, RandLoraConfig)  # `attach` refuses AdaLoRA here
+        assert part.bases is not None
         deterministic = self.dropout.deterministic if deterministic is None else deterministic
         drops = config.randlora_dropout and not deterministic
         if not (drops or self._plans(out_sharding, inputs, weight)):
@@ -124,9 +127,11 @@ class RandLoraLinear(nnx.Linear):
         bias = None if self.bias is None else self.bias[...]
         promoted, _, bias = self.promote_dtype((inputs, weight, bias), dtype=self.dtype)
         factors, _ = factors_at(part, weight.shape)
-        options = {"scaling": config.scaling, "plan": self.plan}
+        assert isinstance(factors, Factors)
+        options: dict[str, Any] = {"scaling": config.scaling, "plan": self.plan}
         if drops:
-            y = nnx.Linear.__call__(_WithKernel(self, weight), inputs, out_sharding)
+            same: Any = _WithKernel(self, weight)
+            y = nnx.Linear.__call__(same, inputs, out_sharding)
             return add_update(y, self._drop(promoted, config.randlora_dropout, rngs), part.bases, factors, **options)
         options |= {"dtype": part.static.dtype, "keep_weight": self.keep_weight}
         y = multiply(promoted, weight, part.bases, factors, **options)

@@ -1,6 +1,6 @@
 """Where the parameters of an NNX model stand, and which adapters are attached to them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -15,7 +15,7 @@ class Place(NamedTuple):
     parts: tuple[str, ...]
     owner: nnx.Module
     attribute: str
-    value: nnx.Variable | RandLoraWeight
+    value: nnx.Variable[Any] | RandLoraWeight
 
     @property
     def adapted(self) -> bool:
@@ -23,7 +23,7 @@ class Place(NamedTuple):
         return isinstance(self.value, RandLoraWeight)
 
     @property
-    def base(self) -> nnx.Variable:
+    def base(self) -> nnx.Variable[Any]:
         """The parameter."""
         return self.value.base if isinstance(self.value, RandLoraWeight) else self.value
 

@@ -20,18 +20,18 @@ from randlora_jax.quantized import dequantize
 from randlora_jax.rebuilding import adapted_kernel
 
 
-class RandLoraParam(nnx.LoRAParam):
+class RandLoraParam(nnx.LoRAParam[Any]):
     """A factor of the active adapter: what `nnx.Optimizer(model, tx, wrt=RandLoraParam)` trains, nothing else.
 
     A subclass of `nnx.LoRAParam`, by which Tunix and MaxText recognize adapters.
     """
 
 
-class RandLoraInactive(nnx.Variable):
+class RandLoraInactive(nnx.Variable[Any]):
     """A factor of an adapter that is attached but not active: no optimizer for `RandLoraParam` sees it."""
 
 
-class RandLoraBasis(nnx.Variable):
+class RandLoraBasis(nnx.Variable[Any]):
     """One of the two frozen bases of RandLoRA. All layers share one pair: it appears once in the model's state."""
 
 
@@ -142,9 +142,9 @@ class RandLoraWeight(nnx.Module):
     Also stands for a quantized kernel, adapted or not, which it dequantizes at each access.
     """
 
-    def __init__(self, base: nnx.Variable):
+    def __init__(self, base: nnx.Variable[Any]):
         self.base = base
-        self.adapters = nnx.Dict({})
+        self.adapters: nnx.Dict[LayerAdapter] = nnx.Dict({})
         self.active: str | None = None
         self.enabled = True
 

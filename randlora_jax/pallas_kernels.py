@@ -149,7 +149,8 @@ class _Tiles:
         self.transposed, self.on_tpu = update.transposed, target == "tpu"
         self.sizes = B.shape[0], A.shape[1]  # D, d
         most = TPU_TILE if self.on_tpu else GPU_TILE
-        self.tile = tuple(min(most, max(SMALLEST_TILE, _power_of_two(size))) for size in self.sizes)
+        rows, columns = (min(most, max(SMALLEST_TILE, _power_of_two(size))) for size in self.sizes)
+        self.tile: Sides = (rows, columns)
         # Triton wants powers of two everywhere; Mosaic takes whatever is a whole side of the array.
         self.chunk = n if self.on_tpu else 32 if n % 32 == 0 else SMALLEST_TILE
         A, lam, gamma = (part.astype(jnp.float32) for part in (A, lam, gamma))

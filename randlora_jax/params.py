@@ -62,7 +62,7 @@ def init(
             named `weight` (out, in), and nothing else is adapted.
         layouts: Those of `infer_layouts`; or of single kernels, e.g. `{"attn.query": Layout((0,), (1, 2))}`; or what
             gives the names that kernels have in adapter files: one of `LAYOUTS`, e.g. "tunix-gemma3", a YAML file, or
-            a list of `LayoutRule`s. `infer_layouts(...).named(rules)` is both.
+            a list of `LayoutRule` objects. `infer_layouts(...).named(rules)` is both.
         recipe: How the bases are drawn, see `interop.RECIPES`.
         key: A `jax.random.key`, needed for `init_weights=False` only.
         dtype: What the operands of the large products are rounded to, e.g. bfloat16. lambda and gamma stay float32.
@@ -77,6 +77,7 @@ def init(
     require_randlora(config, "randlora_jax.adalora.init(config, params, key=key) makes such an adapter.")
     leaves = named_leaves(params)
     adapter = new_adapter(config, find_kernels(leaves, layouts), recipe=recipe, key=key, dtype=dtype)
+    assert isinstance(adapter, RandLoraAdapter)
     return like_kernels(adapter, leaves)
 
 
@@ -94,7 +95,7 @@ def name_layouts(params: Any, rules: Rules, *, layouts: Mapping[str, Layout] | N
 
     Args:
         params: See `init`; an NNX model is such a pytree, too.
-        rules: One of `LAYOUTS`, a YAML file, or `LayoutRule`s.
+        rules: One of `LAYOUTS`, a YAML file, or a list of `LayoutRule`.
         layouts: Those of `infer_layouts`, or of single kernels; rules without axes go by them.
 
     Raises:

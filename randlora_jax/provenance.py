@@ -58,8 +58,9 @@ def differences(saved: dict[str, Any], here: dict[str, Any]) -> list[str]:
     for field in ("init_r", "lora_alpha") if isinstance(configs[0], AdaLoraConfig) else ("r", "randlora_alpha"):
         if saved["config"][field] != here["config"][field]:
             lines.append(says(field, saved["config"][field], here["config"][field]))
-    if isinstance(configs[0], AdaLoraConfig):
-        lines += [says(f"triplets of {name}", *kept) for name, kept in _differing_triplets(*configs).items()]
+    one, other = configs
+    if isinstance(one, AdaLoraConfig) and isinstance(other, AdaLoraConfig):
+        lines += [says(f"triplets of {name}", *kept) for name, kept in _differing_triplets(one, other).items()]
     if saved["bases_sha256"] != here["bases_sha256"]:
         lines.append(says("bases", *map(_describe_bases, (saved, here))))
     for name in sorted(saved["modules"].keys() | here["modules"].keys()):
@@ -146,8 +147,9 @@ def _scramble(word: jax.Array) -> jax.Array:
 
 def _describe_layout(layout: Layout) -> dict[str, Any]:
     """The axes and what else becomes of dW, and which of the stacked weights are adapted; not what files call them."""
-    adapted = layout.modules and [index for index, name in enumerate(layout.modules) if name is not None]
-    partly = adapted is not None and len(adapted) < len(layout.modules)
+    modules = layout.modules
+    adapted = None if modules is None else [index for index, name in enumerate(modules) if name is not None]
+    partly = adapted is not None and modules is not None and len(adapted) < len(modules)
     axes = {field: getattr(layout, field) for field in ("in_axes", "out_axes", "stack_axes")}
     changes = {"scale": layout.scale} if layout.scale != 1 else {}
     changes |= {"interleaved": True} if layout.interleaved else {}

@@ -66,8 +66,8 @@ class Quantized4bit(_Quantized):
     """A kernel of 4-bit codes with one scale per block of the torch weight, row by row. Make it with `from_bnb`.
 
     Attributes:
-        packed: uint8 (*stack, ceil(n/2)) for a kernel of n weights; the high half of a byte is the earlier code.
-        absmax: float32 (*stack, ceil(n/blocksize)), the scales.
+        packed: uint8 `(*stack, ceil(n/2))` for a kernel of n weights; the high half of a byte is the earlier code.
+        absmax: float32 `(*stack, ceil(n/blocksize))`, the scales.
         code: The 16 numbers that the codes stand for, before they are scaled (static).
         blocksize: How many weights share a scale (static).
         layout: How one kernel relates to torch's (out, in) weight (static).
@@ -101,8 +101,8 @@ class Quantized8bit(_Quantized):
     """A kernel of 8-bit integers with one scale per output feature. Make it with `from_bnb`.
 
     Attributes:
-        values: int8 (*stack, out, in), as in torch.
-        scales: float32 (*stack, out), the step between neighboring integers.
+        values: int8 `(*stack, out, in)`, as in torch.
+        scales: float32 `(*stack, out)`, the step between neighboring integers.
         layout: How one kernel relates to torch's (out, in) weight (static).
         kernel_shape: Shape of one kernel, without stacked axes (static).
         dtype: The kernel's dtype (static).
@@ -220,7 +220,9 @@ def to_qarray(kernel: Quantized4bit) -> Any:
         ImportError: qwix is not installed.
     """
     layout, shape, blocksize = kernel.layout, kernel.kernel_shape, kernel.blocksize
-    if kernel.quant_type != "nf4" or not np.array_equal(np.float32(kernel.code), np.float32(NF4)):
+    if kernel.quant_type != "nf4" or not np.array_equal(
+        np.asarray(kernel.code, np.float32), np.asarray(NF4, np.float32)
+    ):
         raise ValueError(f"quant_type={kernel.quant_type!r} has no counterpart in qwix, only 'nf4' has: dequantize it.")
     last = layout.in_axes[-1]
     if shape[last] % blocksize:

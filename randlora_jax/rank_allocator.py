@@ -101,7 +101,7 @@ def rank_allocator(
         }
         finished = step == plan.config.last_allocation
         kept = jax.tree.map(lambda leaf: jnp.where(finished, jnp.zeros_like(leaf), leaf), importance)
-        return updates, RankAllocatorState(step, *kept, mask=mask, inner=inner_state)
+        return updates, RankAllocatorState(step, kept.exp_avg_ipt, kept.exp_avg_unc, mask, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,10 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from interop.adalora import AdaLoraConfig, SVDFactors
-from interop.adapter import Adapter, Factors, init_adapter, lacking
+from interop.adapter import Adapter, init_adapter, lacking
 from interop.bases import DEFAULT_RECIPE
+from interop.config import RandLoraConfig
+from interop.delta import Factors
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
 from interop.files import load
@@ -58,7 +60,8 @@ def new_adapter(
     refuse_unsupported(config)
     if key is None and isinstance(config, AdaLoraConfig):
         raise ValueError("AdaLoRA draws A and B at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
-    if key is None and not config.init_weights:
+    assert isinstance(config, RandLoraConfig | AdaLoraConfig)  # there is no other
+    if key is None and isinstance(config, RandLoraConfig) and not config.init_weights:
         raise ValueError("init_weights=False draws lambda at random: pass key=jax.random.key(0), or rngs=nnx.Rngs(0).")
     shapes = select_weights(config, found)
     lacking = _without_dropout(found, shapes, with_dropout)
@@ -197,7 +200,7 @@ def on_kernels(
             shapes[module] = kernel.shape
     _refuse_missing(adapter, shapes, found)
     bound = adapter.bind(shapes)
-    on_device = _on_device(bound, bound.recipe if adapter.bases is None else drawn_by)
+    on_device: Any = _on_device(bound, bound.recipe if adapter.bases is None else drawn_by)
     factors, layouts = _stack_weights(on_device.factors, found.kernels)
     return dataclasses.replace(
         on_device,
@@ -211,6 +214,8 @@ def on_kernels(
 def _on_device(bound: Adapter, drawn_by: str | None) -> AnyAdapter:
     if isinstance(bound.config, AdaLoraConfig):
         return AdaLoraAdapter.from_interop(bound)
+    assert bound.bases is not None  # as it is bound
+    assert bound.shapes is not None
     used, origin = used_bases(bound.bases, bound.shapes.values(), bound.config, drawn_by=drawn_by)
     return RandLoraAdapter.from_interop(dataclasses.replace(bound, bases=used), origin=origin)
 
@@ -243,7 +248,8 @@ def _stack_weights(
     weights: Mapping[str, AnyFactors], kernels: Mapping[str, Kernel]
 ) -> tuple[dict[str, AnyFactors], dict[str, Layout]]:
     """Factors and layouts by kernel, from factors by weight; a weight that has none gets no name in the layout."""
-    factors, layouts = {}, {}
+    factors: dict[str, AnyFactors] = {}
+    layouts: dict[str, Layout] = {}
     for name, kernel in sorted(kernels.items()):
         modules = kernel.modules(name)
         adapted = {index: module for index, module in modules.items() if module in weights}
@@ -263,7 +269,7 @@ def _stack_weights(
 def _stack(weights: list[AnyFactors]) -> AnyFactors:
     """The factors of several weights, in arrays with an axis over the weights."""
     if isinstance(weights[0], SVDFactors):
-        return stack_triplets(weights)
+        return stack_triplets(cast(list[SVDFactors], weights))  # of one method, all of them
     return Factors(*(jnp.stack(parts) for parts in zip(*weights, strict=True)))
 
 

@@ -12,22 +12,23 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from interop.adalora import SVDFactors
-from interop.adapter import Factors
 from interop.bases import Bases
+from interop.delta import Factors
 from randlora_jax.adalora_adapter import AdaLoraAdapter
 from randlora_jax.adapter import RandLoraAdapter
-from randlora_jax.kernels import named_leaves
+from randlora_jax.kernels import AnyFactors, named_leaves
 from randlora_jax.layouts import IN_OUT, Layout, module_name
 
 Tree = TypeVar("Tree")
-AdapterOfKind = TypeVar("AdapterOfKind", RandLoraAdapter, AdaLoraAdapter)
+AdapterOfKind = TypeVar("AdapterOfKind", bound=RandLoraAdapter | AdaLoraAdapter)
 MeshAxes = tuple[str, ...]
+AnyMesh = Mesh | AbstractMesh
 
 
-def adapter_specs(adapter: AdapterOfKind, specs: Mapping[str, PartitionSpec], mesh: Mesh) -> AdapterOfKind:
+def adapter_specs(adapter: AdapterOfKind, specs: Mapping[str, PartitionSpec], mesh: AnyMesh) -> AdapterOfKind:
     """The adapter with a `PartitionSpec` in place of each array.
 
     An array whose axis the mesh does not divide evenly is replicated along it.
@@ -43,25 +44,26 @@ def adapter_specs(adapter: AdapterOfKind, specs: Mapping[str, PartitionSpec], me
     if adapter.shapes is None:
         raise ValueError("the adapter does not know the shapes of its layers: load_adapter(source, params) finds them.")
     layouts = dict(adapter.layouts)
-    factors, long_sides = {}, collections.Counter()
+    factors: dict[str, Any] = {}
+    long_sides: collections.Counter[MeshAxes | None] = collections.Counter()
+    given: Any = adapter  # of either kind
     for name, shape in adapter.shapes:
+        parts: AnyFactors = adapter.factors[name]
         out, inp = _mesh_axes(specs.get(name, PartitionSpec()), layouts.get(name, IN_OUT))
-        if isinstance(adapter.factors[name], SVDFactors):
-            factors[name] = _triplet_specs(
-                adapter.factors[name], _even(out, shape[0], mesh), _even(inp, shape[1], mesh)
-            )
+        if isinstance(parts, SVDFactors):
+            factors[name] = _triplet_specs(parts, _even(out, shape[0], mesh), _even(inp, shape[1], mesh))
             continue
         long, short = (out, inp) if shape[0] >= shape[1] else (inp, out)
-        gamma, stacked = adapter.factors[name].gamma, adapter.factors[name].lam.ndim - 2
+        gamma, stacked = parts.gamma, parts.lam.ndim - 2
         columns = _even(short, gamma.shape[-1], mesh)
         factors[name] = Factors(PartitionSpec(), PartitionSpec(*[None] * (stacked + 1), columns))
-        long_sides[_even(long, adapter.bases.B.shape[0], mesh)] += 1
-    if adapter.bases is None:
-        return dataclasses.replace(adapter, factors=factors)
+        long_sides[_even(long, given.bases.B.shape[0], mesh)] += 1
+    if given.bases is None:
+        return dataclasses.replace(given, factors=factors)
     del long_sides[None]
-    rows = max(long_sides, key=lambda axes: (_devices(axes, mesh), long_sides[axes]), default=None)
-    spec_B = jax.tree.map(lambda _: PartitionSpec(rows), adapter.bases.B)
-    return dataclasses.replace(adapter, factors=factors, bases=Bases(PartitionSpec(), spec_B))
+    rows = max(long_sides, key=lambda axes: (_devices(axes or (), mesh), long_sides[axes]), default=None)
+    spec_B = jax.tree.map(lambda _: PartitionSpec(rows), given.bases.B)
+    return dataclasses.replace(given, factors=factors, bases=Bases(PartitionSpec(), spec_B))
 
 
 def adapter_shardings(adapter: AdapterOfKind, params: Any) -> AdapterOfKind | None:
@@ -139,10 +141,10 @@ def _mesh_axes(spec: PartitionSpec, layout: Layout) -> tuple[MeshAxes, MeshAxes]
     return out, inp
 
 
-def _even(axes: MeshAxes, size: int, mesh: Mesh) -> MeshAxes | None:
+def _even(axes: MeshAxes, size: int, mesh: AnyMesh) -> MeshAxes | None:
     """The mesh axes if they divide `size` evenly, else None."""
     return axes if axes and size % _devices(axes, mesh) == 0 else None
 
 
-def _devices(axes: MeshAxes, mesh: Mesh) -> int:
+def _devices(axes: MeshAxes, mesh: AnyMesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from interop.adalora import SVDFactors, factor_shapes
+from interop.delta import Factors
 from randlora_torch.gradients import product_dtype
 from randlora_torch.layer import AdapterLayer, compute_device
 from randlora_torch.svd import apply_delta, delta_weight
@@ -31,6 +32,10 @@ class AdaLoraLayer(AdapterLayer):
 
     adapter_layer_names = ("lora_A", "lora_E", "lora_B")
     dropout_name = "lora_dropout"
+    lora_A: nn.ParameterDict
+    lora_E: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    lora_dropout: nn.ModuleDict
 
     def __init__(
         self,
@@ -64,8 +69,9 @@ class AdaLoraLayer(AdapterLayer):
             A, E, B = 0.02 * A, torch.zeros_like(E), 0.02 * B
         self.set_factors(adapter_name, SVDFactors(A, E, B))
 
-    def set_factors(self, adapter_name: str, factors: SVDFactors) -> None:
+    def set_factors(self, adapter_name: str, factors: Factors | SVDFactors) -> None:
         """Replace A, E and B of an adapter, on the device that the layer computes on; their rank may be another."""
+        assert isinstance(factors, SVDFactors)
         super().set_factors(adapter_name, factors)
         self.r[adapter_name] = len(factors.E)
 

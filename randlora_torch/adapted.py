@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -31,16 +31,17 @@ _OF_WHOLE_MODELS = {"max_shard_size", "save_function", "save_peft_format", "save
 class AdapterModel(AdapterSwitching):
     """What a model becomes when an adapter is attached to it."""
 
-    _base_class: type[nn.Module]
+    _base_class: Any  # the class that the model had before
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # all that the model has by that class
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """`type(model)(...)` constructs a model of the class that the adapted one had before."""
         if "_randlora" not in self.__dict__:
             self.__class__ = self._base_class
-            self.__init__(*args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (self._base_class,), self.__getstate__()
+            self.__init__(*args, **kwargs)  # type: ignore[misc] # of the class from now on
 
     def __call__(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Call the model; `adapter_names` gives each row of the batch its own adapter ("__base__" for none).
@@ -59,8 +60,8 @@ class AdapterModel(AdapterSwitching):
 
     def train(self, mode: bool = True) -> Any:
         """As `nn.Module.train`; 4-bit weights that bitsandbytes repacked for inference are unpacked again."""
-        if bnb_layers() is not None:
-            bnb_layers().protect_from_repacking(self)
+        if (bnb := bnb_layers()) is not None:
+            bnb.protect_from_repacking(self)
         return super().train(mode)
 
     def set_requires_grad(self, adapter_names: Names, requires_grad: bool = True) -> None:
@@ -191,10 +192,10 @@ class AdapterModel(AdapterSwitching):
         return self
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Counts of trainable and of all parameters; those packed in 4 bits are counted unpacked."""
+        """Counts of trainable and of all parameters; packed ones are counted unpacked, ones split by ZeRO-3 whole."""
         trainable = total = 0
         for parameter in self.parameters():
-            count = parameter.numel()
+            count = getattr(parameter, "ds_numel", parameter.numel())
             if type(parameter).__name__ == "Params4bit":
                 count *= 2 * parameter.element_size()
             total += count
@@ -210,7 +211,7 @@ class AdapterModel(AdapterSwitching):
 
 def rows_of_call(
     model: Any, adapter_names: list[str] | None, args: Any, kwargs: Any
-) -> contextlib.AbstractContextManager:
+) -> contextlib.AbstractContextManager[None]:
     """The context of a call: a mixed batch, if the rows' adapters are named."""
     return (
         contextlib.nullcontext() if adapter_names is None else model._by_row(adapter_names, (*args, *kwargs.values()))

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interop.adalora import AdaLoraConfig, SVDFactors
-from interop.adapter import Adapter, Factors, resolve_shape
+from interop.adapter import Adapter, resolve_shape
 from interop.bases import Bases
 from interop.config import RandLoraConfig
+from interop.delta import Factors
 from interop.files import save
 from randlora_torch import svd
 from randlora_torch.bases import layer_bases, to_numpy, to_torch
@@ -96,7 +97,7 @@ class RandLoraAdapter(_TorchAdapter):
             )
         factors = {name: Factors(*map(to_torch, pair)) for name, pair in adapter.factors.items()}
         bases = Bases(*map(to_torch, adapter.bases))
-        shapes = adapter.shapes and dict(adapter.shapes)
+        shapes = None if adapter.shapes is None else dict(adapter.shapes)
         saved = {key: to_torch(value) for key, value in adapter.saved_weights.items()}
         return cls(
             factors=factors,
@@ -148,6 +149,7 @@ class AdaLoraAdapter(_TorchAdapter):
     @classmethod
     def from_interop(cls, adapter: Adapter) -> "AdaLoraAdapter":
         """The same numbers as CPU tensors; dtypes are kept."""
+        assert adapter.shapes is not None  # the factors of AdaLoRA tell them
         return cls(
             factors={name: SVDFactors(*map(to_torch, parts)) for name, parts in adapter.factors.items()},
             config=adapter.config,

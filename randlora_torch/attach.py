@@ -19,6 +19,7 @@ from randlora_torch.bases import BufferDict, to_torch
 from randlora_torch.extras import Extras, extra_parameters, find_extras, match_extras
 from randlora_torch.layer import BASE_ROWS, AdapterLayer, Rows
 from randlora_torch.merging import is_sharded
+from randlora_torch.randlora import RandLoraLayer
 from randlora_torch.rank_allocator import RankAllocator
 from randlora_torch.saved import ModulesToSaveWrapper
 from randlora_torch.structure import (
@@ -57,17 +58,22 @@ class AttachedAdapter:
     held: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     allocator: RankAllocator | None = None
 
+    @property
+    def adalora_config(self) -> AdaLoraConfig:
+        """The config of an AdaLoRA adapter."""
+        assert isinstance(self.config, AdaLoraConfig)
+        return self.config
+
     def rows_kept(self, module: str) -> tuple[bool, ...]:
         """Which rows of an AdaLoRA layer's parameters the config keeps."""
-        kept = self.config.kept(module)
+        kept = self.adalora_config.kept(module)
         return tuple(kept[i] for i in self.held[module])
 
     def config_keeping(self, rows: Mapping[str, Iterable[bool]]) -> AdaLoraConfig:
         """The config of an AdaLoRA adapter of which these rows are kept."""
         left = {name: {i for i, kept in zip(self.held[name], mask, strict=True) if kept} for name, mask in rows.items()}
-        return self.config.with_kept(
-            {name: [i in kept for i in range(self.config.init_r)] for name, kept in left.items()}
-        )
+        config = self.adalora_config
+        return config.with_kept({name: [i in kept for i in range(config.init_r)] for name, kept in left.items()})
 
 
 @dataclasses.dataclass
@@ -99,7 +105,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
     """
     config = adapter.config
     state: Attached = getattr(model, "_randlora", None) or Attached()
-    layers = {name: model.get_submodule(name) for name in adapter.modules}
+    layers: dict[str, Any] = {name: model.get_submodule(name) for name in adapter.modules}
     base = dict(base_modules(model))
     _check_attachable(model, state, config)
     with biases_outside(state):
@@ -113,14 +119,15 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
     }
     if not state.adapters:
         model.requires_grad_(False)
-        if bnb_layers() is not None:
-            bnb_layers().protect_from_repacking(model)
+        if (bnb := bnb_layers()) is not None:
+            bnb.protect_from_repacking(model)
     dtypes, origin = _share_bases(state, adapter_name, adapter, floating_dtype(model), drawn_by)
     _replace(model, layers, created, state)
     for name, factors in adapter.factors.items():
         if name not in created:
             layers[name].update_layer(adapter_name, *options)
-        model.get_submodule(name).set_factors(adapter_name, type(factors)(*map(to_torch, factors)))
+        layer: Any = model.get_submodule(name)
+        layer.set_factors(adapter_name, type(factors)(*map(to_torch, factors)))
     for name in extras.modules:
         _wrap(model, name, adapter_name)
     held = {}
@@ -129,7 +136,7 @@ def attach(model: nn.Module, adapter: Adapter, adapter_name: str, *, loaded: boo
     state.adapters[adapter_name] = AttachedAdapter(
         config, adapter.recipe, adapter.modules, extras, dtypes, origin, held
     )
-    model._randlora = state
+    model._randlora = state  # type: ignore[assignment] # no module, as torch has it
     places = saved_parameters(model, adapter_name)
     with torch.no_grad():
         for key, value in weights.items():
@@ -195,7 +202,12 @@ def check_request(model: nn.Module, adapter_name: str) -> None:
 
 def attached_to(model: Any) -> dict[str, AttachedAdapter]:
     """What is attached to this very model, by adapter name."""
-    return model._randlora.adapters if hasattr(model, "_randlora") else {}
+    return state_of(model).adapters if hasattr(model, "_randlora") else {}
+
+
+def state_of(model: Any) -> Attached:
+    """All that a model with adapters remembers of them."""
+    return model._randlora
 
 
 def find_attached(model: Any, adapter_name: str) -> AttachedAdapter:
@@ -216,7 +228,9 @@ def saved_parameters(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     return extra_parameters(model, info.extras, adapter_name, info.modules)
 
 
-def _layer_arguments(config: RandLoraConfig | AdaLoraConfig, state: Attached) -> tuple[tuple, tuple]:
+def _layer_arguments(
+    config: RandLoraConfig | AdaLoraConfig, state: Attached
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """What an adapted layer is given of the model's, and of the adapter's; the latter also when it gets another one."""
     if isinstance(config, AdaLoraConfig):
         return (), (config.init_r, config.lora_alpha, config.lora_dropout, None)
@@ -267,6 +281,7 @@ def _share_bases(
     """
     if adapter.bases is None:
         return (), None
+    assert adapter.shapes is not None  # as it is bound
     used, origin = used_bases(adapter.bases, adapter.shapes.values(), adapter.config, drawn_by=drawn_by)
     values, scale = store(used.B, prefer=_HALF.get(dtype))
     bases = Bases(to_torch(used.A).float(), to_torch(values))
@@ -307,7 +322,7 @@ def _replace(model: nn.Module, layers: dict[str, nn.Module], created: dict[str, 
     owners = collections.Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     for name, layer in created.items():
         layer.active_adapters, layer.disable_adapters = list(state.active), state.disabled
-        if state.plan is not None:
+        if state.plan is not None and isinstance(layer, RandLoraLayer):
             layer.plan, layer.keep_weight = state.plan, state.keep_weight
         layer.tied = owners[id(layers[name]._parameters.get("weight"))] > 1
         for alias in aliases[id(layers[name])]:

@@ -6,9 +6,9 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from bitsandbytes.nn import Int8Params, Params4bit
-from bitsandbytes.nn import Linear4bit as Base4bit
-from bitsandbytes.nn import Linear8bitLt as Base8bit
+from bitsandbytes.nn.modules import Int8Params, Params4bit
+from bitsandbytes.nn.modules import Linear4bit as Base4bit
+from bitsandbytes.nn.modules import Linear8bitLt as Base8bit
 from torch import Tensor, nn
 
 from randlora_torch.adalora import AdaLoraLayer
@@ -54,8 +54,7 @@ class Int8Weight(AdapterLayer):
         return Rows8bit(*self._codes())
 
     def _read_weight(self) -> Tensor:
-        codes, scales = self._codes()
-        return codes.float().mul_((scales.float() * (1 / 127))[:, None])
+        return self.packed().dequantize()
 
     def _weight_dtype(self) -> torch.dtype:
         return torch.float16  # what bitsandbytes quantizes from
@@ -82,12 +81,12 @@ class PackedWeight(AdapterLayer):
 
     def __init__(self, base_layer: Base4bit, *args: Any, **kwargs: Any) -> None:
         super().__init__(base_layer, *args, **kwargs)
-        device = base_layer.weight.device.type
+        device, weight = base_layer.weight.device.type, self.base_layer.weight
         if device != "meta":
-            if base_layer.weight.quant_state is None:
+            if weight.quant_state is None:
                 raise ValueError("the 4-bit layer is not quantized yet: move the model to its device first (model.to).")
             if device == "cpu":
-                _check_cpu_kernels(self.in_features, base_layer.weight.quant_state.blocksize)
+                _check_cpu_kernels(self.in_features, weight.quant_state.blocksize)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """See `AdapterLayer.forward`. Before it, the base weight is brought into the one packing that trains."""
@@ -123,7 +122,7 @@ class PackedWeight(AdapterLayer):
     def _write_weight(self, weight: Tensor) -> None:
         old = self.base_layer.weight
         state = old.quant_state
-        unpacked = Params4bit(
+        unpacked: Any = Params4bit(
             weight.to(self._weight_dtype()),
             requires_grad=False,
             blocksize=state.blocksize,
@@ -138,7 +137,8 @@ class PackedWeight(AdapterLayer):
         return (self.base_layer.weight,)
 
     def _put_back(self, kept: tuple[Params4bit]) -> None:
-        (weight,), device = kept, self.base_layer.weight.device
+        weight: Any = kept[0]
+        device = self.base_layer.weight.device
         self.base_layer.weight = weight if weight.device == device else weight.to(device)
         self.base_layer.quant_state = self.base_layer.weight.quant_state
 
@@ -198,12 +198,13 @@ def keep_packing(layer: Base4bit) -> bool:
         Whether the weight had been repacked.
     """
     layer.support_avx512bf16_for_cpu = False
-    state = layer.weight.quant_state
+    weight: Any = layer.weight
+    state = weight.quant_state
     repacked = getattr(state, "packing_format_for_cpu", False)
     if repacked:
         unpack = bitsandbytes.functional._convert_weight_packed_for_cpu_inverse
-        layer.weight.data, state = unpack(layer.weight.data, state)
-        layer.weight.quant_state = state
+        weight.data, state = unpack(weight.data, state)
+        weight.quant_state = state
     if state is not None and not state.nested and state.absmax.dim() == 2:
         # bitsandbytes 0.50 unpacks scales that are not quantized themselves in transposed order.
         state.absmax = state.absmax.T.reshape(-1).float()

@@ -29,7 +29,7 @@ class AdaLoraCallback(TrainerCallback):
         """
         adapted = _adapted_part(model)
         for name in adapted._require_training():
-            config = find_attached(adapted, name).config
+            config = find_attached(adapted, name).adalora_config
             if config.last_allocation > state.max_steps:
                 raise ValueError(
                     f"the Trainer makes {state.max_steps} steps, but adapter {name!r} reaches its ranks at step"
@@ -51,17 +51,15 @@ class FoldOnceCallback(TrainerCallback):
     of lambda and gamma come at the end of the last backward, before they are clipped.
     """
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Forget a step that an exception broke off."""
         end_step(model)
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Before the step's first micro-batch."""
         begin_step(model, Step(is_last=lambda: GradientState().sync_gradients))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After the optimizer's step."""
         end_step(model)
 

@@ -66,8 +66,8 @@ class _Call(NamedTuple):
         if not on_gpu(operands.lam):
             return by_torch(operands.lam, operands.gamma)
         stored = weight if self.quantized is None else self.quantized.packed()
-        options = {"out_features": operands.side(self.tall), "scaling": self.scaling, "dtype": self.dtype}
-        return fold(stored, *operands, **options, torch_way=by_torch)
+        options: dict[str, Any] = {"out_features": operands.side(self.tall), "scaling": self.scaling}
+        return fold(stored, *operands, **options, dtype=self.dtype, torch_way=by_torch)
 
 
 class _AdaptedLinear(torch.autograd.Function):
@@ -96,13 +96,13 @@ class _AdaptedLinear(torch.autograd.Function):
             return _plus_product(linear(rows, frozen.to(call.dtype), bias), hidden, left.T)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, *operands, ctx.call = inputs
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x, weight, *operands)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *operands = ctx.saved_tensors
         call: _Call = ctx.call
         backward = _folded_backward if call.plan.fold_backward else _factored_backward
@@ -112,8 +112,8 @@ class _AdaptedLinear(torch.autograd.Function):
             rows_x = x.reshape(-1, x.shape[-1]).to(call.dtype)  # (T, in)
             rows_g = grad.reshape(-1, grad.shape[-1]).to(call.dtype)  # (T, out)
             grads = backward(rows_x, rows_g, weight, Operands(*operands), call, needs)
-            grad_x = grads.x.reshape(x.shape).to(x.dtype) if needs_x else None
-            grad_weight = grads.weight.to(weight.dtype) if needs_weight else None
+            grad_x = None if grads.x is None else grads.x.reshape(x.shape).to(x.dtype)
+            grad_weight = grads.weight.to(weight.dtype) if needs_weight and grads.weight is not None else None
             grad_bias = rows_g.sum(0).to(ctx.bias_dtype) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None, *grads.factors, None
 
@@ -144,7 +144,8 @@ def _factored_backward(
     x: Tensor, grad: Tensor, weight: Tensor | None, operands: Operands, call: _Call, needs: _Needs
 ) -> _Grads:
     left, right = operands.matrices(call.scaling, call.dtype, call.tall)
-    grad_x, factors = None, (None, None)
+    grad_x: Tensor | None = None
+    factors: tuple[Tensor | None, Tensor | None] = (None, None)
     if needs.x or call.tall:
         hidden = grad @ left  # (T, k)
     if needs.x:
@@ -174,13 +175,13 @@ class _FoldedWeight(torch.autograd.Function):
             return call.fold(weight, Operands(bases_A, bases_B, lam, gamma))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         weight, *operands, ctx.call = inputs
         ctx.weight_dtype = None if weight is None else weight.dtype
         ctx.save_for_backward(*operands)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         with no_autocast(grad):
             factors = Operands(*ctx.saved_tensors).project(grad, call.scaling, call.tall, call.sparse)
@@ -265,11 +266,11 @@ def adapted_linear(
         )
     dtype = dtype or product_dtype(x)
     operands = Operands(bases_A, bases_B, lam, gamma)
-    product = {"scaling": scaling, "out_features": out_features, "sparse": sparse, "dtype": dtype}
+    product: dict[str, Any] = {"out_features": out_features, "sparse": sparse, "dtype": dtype}
     chosen = plan_for(x, operands, plan=plan, keep_weight=keep_weight, frozen=weight is not None, **product)
     if keep_weight and chosen == Plan(True, True):
         with no_autocast(x):
-            kept = folded_weight(weight, *operands, **product)
+            kept = folded_weight(weight, *operands, scaling=scaling, **product)
             return linear(x.to(dtype), kept, None if bias is None else bias.to(dtype))
     call = _Call(out_features >= in_features, scaling, dtype, chosen, sparse=sparse)
     weight, call = _split(weight, call)
@@ -292,7 +293,7 @@ def apply_delta(
     Raises:
         ValueError: the shapes do not fit each other, x is not floating point, or the plan is unknown.
     """
-    options = {"out_features": out_features, "scaling": scaling, "plan": plan}
+    options: dict[str, Any] = {"out_features": out_features, "scaling": scaling, "plan": plan}
     return adapted_linear(x, None, None, bases_A, bases_B, lam, gamma, **options)
 
 
@@ -301,7 +302,6 @@ def plan_for(
     operands: Operands,
     *,
     out_features: int,
-    scaling: float,
     plan: str,
     dtype: torch.dtype,
     keep_weight: bool = False,

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from interop.adalora import AdaLoraConfig, SVDFactors, keep_triplets
 from interop.bases import Bases
+from interop.delta import Factors
 from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
-from randlora_torch.attach import Attached, AttachedAdapter, attached_to, find_attached, saved_parameters
+from randlora_torch.attach import Attached, AttachedAdapter, attached_to, find_attached, saved_parameters, state_of
 from randlora_torch.bases import to_numpy, to_torch
 from randlora_torch.extras import embedding_parameters
 from randlora_torch.layer import AdapterLayer
@@ -61,10 +62,10 @@ def extract(
     }
     if isinstance(info.config, AdaLoraConfig):
         return AdaLoraAdapter(**_kept_factors(info, layers, name, value), **common)
-    factors = {module: layers[module].factors(name) for module in info.modules}
+    factors = {module: Factors(*map(value, layers[module].factors(name))) for module in info.modules}
     return RandLoraAdapter(
-        factors={module: type(parts)(*map(value, parts)) for module, parts in factors.items()},
-        bases=_whole_bases(model._randlora, name),
+        factors=factors,
+        bases=_whole_bases(state_of(model), name),
         config=info.config,
         recipe=info.recipe,
         **common,
@@ -125,5 +126,5 @@ def _kept_factors(
 
 def whole(tensor: Tensor) -> Tensor:
     """A parameter's full value, gathered from all processes if it is sharded; detached."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    own: Any = tensor.detach()
+    return own.full_tensor() if is_sharded(own) else own

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,7 +60,7 @@ def extra_parameters(
 ) -> dict[str, Tensor]:
     """The further parameters of an attached adapter, under the keys of PEFT's files."""
     wrapped, base = wrapped_modules(model), dict(base_modules(model))
-    found: dict[str, Tensor] = {key: base[name]._parameters[part] for key, (name, part) in extras.embeddings.items()}
+    found = _embeddings(extras, base)
     for name in extras.modules:
         content = wrapped[name].modules_to_save[adapter_name].state_dict(keep_vars=True)
         found |= {f"{PREFIX}{name}.{key}": value for key, value in content.items()}
@@ -73,7 +74,9 @@ def embedding_parameters(model: nn.Module, adapted: tuple[str, ...]) -> dict[str
         ValueError: an adapter is merged into one of them.
     """
     layers = adapted_layers(model)
-    named = [(name, module) for name, module in base_modules(model) if name.split(".")[-1] in EMBEDDINGS]
+    named: list[tuple[str, Any]] = [
+        (name, module) for name, module in base_modules(model) if name.split(".")[-1] in EMBEDDINGS
+    ]
     merged = [name for name, _ in named if name in layers and layers[name].merged]
     if merged:
         raise ValueError(f"{merged} hold merged adapters, and are no base weights now: unmerge_adapter() first.")
@@ -85,7 +88,9 @@ def has_new_tokens(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     folder, size = getattr(config, "_name_or_path", None), getattr(config, "vocab_size", None)
     file = Path(folder) / "config.json" if folder else None
-    return bool(file and file.is_file() and size) and json.loads(file.read_text()).get("vocab_size", size) != size
+    if file is None or not file.is_file() or not size:
+        return False
+    return bool(json.loads(file.read_text()).get("vocab_size", size) != size)
 
 
 def brought_by(adapter: Adapter) -> dict[str, Tensor]:
@@ -100,7 +105,7 @@ def match_extras(adapter: Adapter, base: Mapping[str, nn.Module], extras: Extras
     Raises:
         AdapterFormatError: some are missing, left over, or of another shape; all are listed.
     """
-    places: dict[str, Tensor] = {key: base[name]._parameters[part] for key, (name, part) in extras.embeddings.items()}
+    places = _embeddings(extras, base)
     for name in extras.modules:
         places |= {f"{PREFIX}{name}.{key}": value for key, value in base[name].state_dict().items()}
     places |= _bias_parameters(extras, base, adapter.modules)
@@ -117,9 +122,14 @@ def match_extras(adapter: Adapter, base: Mapping[str, nn.Module], extras: Extras
     return given
 
 
+def _embeddings(extras: Extras, base: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    held = {key: base[name]._parameters[part] for key, (name, part) in extras.embeddings.items()}
+    return {key: parameter for key, parameter in held.items() if parameter is not None}
+
+
 def _bias_parameters(extras: Extras, base: Mapping[str, nn.Module], adapted: tuple[str, ...]) -> dict[str, Tensor]:
     names = {id(module): name for name, module in base.items()}
-    found = {}
+    found: dict[str, Tensor] = {}
     for module, attribute, value in extras.biases.items() if extras.biases is not None else ():
         name = names[id(module)]
         found[f"{PREFIX}{name}{'.base_layer' if name in adapted else ''}.{attribute}"] = value

@@ -138,12 +138,12 @@ class _DeltaWeight(torch.autograd.Function):
             return add_product(None, *operands.matrices(scaling, compute_dtype(lam, gamma), tall=True))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         *operands, ctx.scaling = inputs
         ctx.save_for_backward(*operands)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with no_autocast(grad):
             return None, None, *Operands(*ctx.saved_tensors).project(grad, ctx.scaling, tall=True), None
 
@@ -158,8 +158,9 @@ def delta_weight(
 ) -> Float[Tensor, "D d"]:
     """Dense update `scaling * B (lambda * A * gamma)`, long side first, in PEFT's pairing of flat indices.
 
-    Row `k*n + b` of the scaled A meets column `b*r + k` of B: the sum of arXiv:2502.00987 up to a fixed shuffle of
-    random columns. Costs O(D n r d) time and a (D, d) result, in float32 or wider. Differentiable in lam and gamma.
+    Row q of the scaled A, counted as `k*n + b`, meets column q of B, counted as `basis*r + rank`: the sum of
+    arXiv:2502.00987 up to a fixed shuffle of random columns. Costs O(D n r d) time and a (D, d) result, in float32 or
+    wider. Differentiable in lam and gamma.
 
     Args:
         bases_A: See `layer_bases`; so is bases_B.

@@ -32,16 +32,17 @@ def prepare_model_for_kbit_training(
     for parameter in model.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ not in _PACKED:
             parameter.data = parameter.data.float()
+    whole: Any = model
     quantized = getattr(model, "is_loaded_in_8bit", False) or getattr(model, "is_loaded_in_4bit", False)
     if quantized and use_gradient_checkpointing:
         options = dict(gradient_checkpointing_kwargs or {})
         if options.get("use_reentrant", True):  # it needs an input that requires gradients, and nothing else does
-            model.enable_input_require_grads()
+            whole.enable_input_require_grads()
         _enable_checkpointing(model, options)
     return model
 
 
-def _enable_checkpointing(model: nn.Module, options: dict[str, Any]) -> None:
+def _enable_checkpointing(model: Any, options: dict[str, Any]) -> None:
     """By the name that this release of transformers does not call deprecated."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     if enable is not None and "activation_checkpointing_kwargs" in inspect.signature(enable).parameters:

@@ -6,6 +6,7 @@ go by time, another run may choose otherwise, and so may the processes of one ru
 Nothing is tried, and torch computes, where that must not be (`torch.use_deterministic_algorithms`, `set_kernels`).
 """
 
+import functools
 import importlib.util
 import logging
 import statistics
@@ -109,7 +110,7 @@ class Chooser:
                 continue
             try:
                 if agree(way(*arguments), want, _TOLERANCE[call.dtype]):
-                    milliseconds[name] = self._milliseconds(lambda way=way: way(*arguments))
+                    milliseconds[name] = self._milliseconds(functools.partial(way, *arguments))
                 else:
                     failures.append("its result is not torch's")
             except Exception as error:  # compilers, drivers and allocators each have their own
@@ -134,6 +135,7 @@ def agree(got: Tensor | tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...], t
     """Whether every number of one result is close to that of the other, in units of it and of its neighborhood."""
     if isinstance(want, tuple):
         return all(agree(*pair, tolerance) for pair in zip(got, want, strict=True))
+    assert isinstance(got, Tensor)
     return all(
         bool(((a.float() - b.float()).abs() <= tolerance * (b.float().abs() + b.float().square().mean().sqrt())).all())
         for a, b in zip(got.split(_ROWS), want.split(_ROWS), strict=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from interop.adalora import SVDFactors
-from interop.adapter import Factors
+from interop.delta import Factors
 from randlora_torch.contraction import Quantized
 from randlora_torch.merging import Mergeable
 
@@ -82,7 +82,7 @@ class AdapterLayer(Mergeable, nn.Module):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer: Any = base_layer
         self.out_features, self.in_features = layer_shape(base_layer)
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
@@ -95,7 +95,7 @@ class AdapterLayer(Mergeable, nn.Module):
 
     @property
     def parameter_dicts(self) -> tuple[nn.ParameterDict, ...]:
-        """The parameters of all adapters: one dict for each part of the factors, by adapter name."""
+        """The parameters of all adapters, one dict for each part of the factors, by adapter name."""
         return tuple(getattr(self, name) for name in self.adapter_layer_names)
 
     @property
@@ -165,6 +165,7 @@ class AdapterLayer(Mergeable, nn.Module):
         return result
 
     def _add_by_row(self, result: Tensor, x: Tensor) -> Tensor:
+        assert self.rows is not None
         names = self.rows.along(x)
         for name in dict.fromkeys(names):
             if self.holds(name):
@@ -178,7 +179,7 @@ class AdapterLayer(Mergeable, nn.Module):
         return [name for name in active if self.holds(name) and name not in self.merged_adapters]
 
 
-def layer_shape(layer: nn.Module) -> tuple[int, int]:
+def layer_shape(layer: Any) -> tuple[int, int]:
     """(out, in) of the weight of a layer of any kind that can be adapted.
 
     That of a convolution is (out, in * height * width), with the `in` of one group.
@@ -197,7 +198,7 @@ def is_bare(layer: nn.Module) -> bool:
     return "forward" not in vars(layer) and not any(getattr(layer, name) for name in hooks)
 
 
-def compute_device(layer: nn.Module) -> torch.device:
+def compute_device(layer: Any) -> torch.device:
     """Where a layer computes: where its weight is, unless that is on the meta device (offloaded, or not loaded)."""
     device = layer.weight.device
     if device.type != "meta":

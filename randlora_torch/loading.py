@@ -15,7 +15,7 @@ from interop.fields import HEADS, AdapterConfig
 from interop.files import load
 from interop.targets import default_targets, resolve_targets
 from randlora_torch.adapter import AdaLoraAdapter, RandLoraAdapter
-from randlora_torch.attach import attach, check_request, find_attached
+from randlora_torch.attach import attach, attached_to, check_request, find_attached
 from randlora_torch.layer import layer_shape
 from randlora_torch.structure import adaptable_layers, adapted_layers, base_modules
 from randlora_torch.training_state import with_state
@@ -62,8 +62,7 @@ def attach_saved(
     drawn_by = bound.recipe if adapter.bases is None else None
     attach(model, bound, adapter_name, loaded=True, drawn_by=drawn_by)
     if state is not None:
-        adapters = model._randlora.adapters
-        adapters[adapter_name] = state.resume(model, adapter_name, find_attached(model, adapter_name))
+        attached_to(model)[adapter_name] = state.resume(model, adapter_name, find_attached(model, adapter_name))
 
 
 def as_adapter(source: Any, recipe: str | None) -> Adapter:

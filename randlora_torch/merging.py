@@ -5,11 +5,11 @@ What differs between kinds of base weight is how it is read, written and put bac
 
 import abc
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from interop.blockwise import Rounding
 
@@ -22,7 +22,7 @@ def is_sharded(tensor: Tensor) -> bool:
 class Mergeable(metaclass=abc.ABCMeta):
     """A layer whose adapters can be merged into the weight of its `base_layer`."""
 
-    base_layer: nn.Module
+    base_layer: Any  # an nn.Module with a weight: torch has no class that says so
     active_adapters: list[str]
     merged_adapters: list[str]
     tied = False  # whether another layer uses the same weight; merging then gives this one a weight of its own
@@ -104,7 +104,7 @@ class Mergeable(metaclass=abc.ABCMeta):
 
     @torch.no_grad()
     def _delta_weights(self, names: list[str]) -> Tensor:
-        return sum(self.get_delta_weight(name) for name in names)
+        return cast(Tensor, sum(self.get_delta_weight(name) for name in names))  # of at least one
 
     @torch.no_grad()
     def _store(self, weight: Tensor, delta: Tensor) -> Rounding:

@@ -5,7 +5,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +14,24 @@ from interop.adalora import AdaLoraConfig
 from interop.bases import DEFAULT_RECIPE
 from interop.config import RandLoraConfig
 from interop.fields import AdapterConfig
+from randlora_torch.adalora import AdaLoraLayer
 from randlora_torch.adapted import AdapterModel, rows_of_call
-from randlora_torch.attach import find_attached
+from randlora_torch.attach import attached_to, find_attached
 from randlora_torch.bases import BufferDict
 from randlora_torch.loading import Source, attach_new, attach_saved
 from randlora_torch.rank_allocator import Allocation, RankAllocator, require_whole
 from randlora_torch.structure import adapted_layers, floating_dtype
 from randlora_torch.svd import distances_from_orthogonal
-from randlora_torch.switching import check_unmerged
+from randlora_torch.switching import ModelMixin, check_unmerged
 from randlora_torch.trainer import support_trainer
 from randlora_torch.training_state import save_state
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 class _Attaches:
     """The name of a method as a function: `RandLoraModel(model, config)`; subclasses are classes of adapted models."""
+
+    _base_class: Any
+    _method: type
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """`RandLoraModel(...)` attaches; the class of an adapted model makes an empty object, for `__init__`."""
@@ -60,12 +62,12 @@ class RandLoraModel(_Attaches, AdapterModel):
 
     @property
     def randlora_A(self) -> BufferDict:
-        """Bases (r, 1, min_dim) by adapter name, shared by all adapted layers: as far as these use them."""
+        """Bases (r, 1, min_dim) by adapter name, shared by all adapted layers, as far as these use them."""
         return self._randlora.bases_A
 
     @property
     def randlora_B(self) -> BufferDict:
-        """Bases (max_dim, n, r) by adapter name, shared by all adapted layers: as far as these use them."""
+        """Bases (max_dim, n, r) by adapter name, shared by all adapted layers, as far as these use them."""
         return self._randlora.bases_B
 
     def print_trainable_parameters(self) -> None:
@@ -109,12 +111,12 @@ class AdaLoraModel(_Attaches, AdapterModel):
         """
         total = torch.zeros(())
         for name in self._in_training():
-            layers = {path: layer for path, layer in adapted_layers(self).items() if layer.holds(name)}
+            layers = {path: layer for path, layer in _adalora_layers(self).items() if layer.holds(name)}
             require_whole(layers, name)
             factors = (layer.factors(name) for layer in layers.values())
             distances = [distance for parts in factors for distance in distances_from_orthogonal(parts)]
             mean = torch.stack([distance.to(distances[0].device) for distance in distances]).mean()
-            total = total.to(mean.device) + find_attached(self, name).config.orth_reg_weight * mean
+            total = total.to(mean.device) + find_attached(self, name).adalora_config.orth_reg_weight * mean
         return total
 
     def update_and_allocate(self, global_step: int) -> dict[str, Allocation]:
@@ -148,10 +150,11 @@ class AdaLoraModel(_Attaches, AdapterModel):
 
     def _allocator(self, name: str) -> RankAllocator:
         info = find_attached(self, name)
-        if info.allocator is None:
-            info = dataclasses.replace(info, allocator=RankAllocator(self, info.config, name))
-            self._randlora.adapters[name] = info
-        return info.allocator
+        if info.allocator is not None:
+            return info.allocator
+        allocator = RankAllocator(self, info.adalora_config, name)
+        self._randlora.adapters[name] = dataclasses.replace(info, allocator=allocator)
+        return allocator
 
     @property
     def rankallocator(self) -> RankAllocator:
@@ -176,11 +179,12 @@ class AdaLoraModel(_Attaches, AdapterModel):
 
     def _save_training_state(self, adapter_name: str, folder: Path) -> None:
         info, trains = find_attached(self, adapter_name), self._trains(adapter_name)
-        if trains and info.allocator is None and info.config.init_lora_weights and info.config.rank_pattern is None:
-            layers = adapted_layers(self)
+        config = info.adalora_config
+        if trains and info.allocator is None and config.init_lora_weights and config.rank_pattern is None:
+            layers = _adalora_layers(self)
             if any(layers[name].lora_E[adapter_name].any() for name in info.modules):
                 warnings.warn(
-                    f"the ranks of adapter {adapter_name!r} were never allocated, so all are {info.config.init_r}: give"
+                    f"the ranks of adapter {adapter_name!r} were never allocated, so all are {config.init_r}: give"
                     " the Trainer callbacks=[AdaLoraCallback()], or call model.update_and_allocate(step) in your loop."
                     f" model.set_requires_grad({adapter_name!r}, False) before saving silences this.",
                     stacklevel=3,
@@ -198,6 +202,10 @@ class AdaLoraModel(_Attaches, AdapterModel):
         return [name for name in active if self._trains(name)]
 
 
+def _adalora_layers(model: nn.Module) -> dict[str, AdaLoraLayer]:
+    return {name: layer for name, layer in adapted_layers(model).items() if isinstance(layer, AdaLoraLayer)}
+
+
 def _share_of_step(inputs: Mapping[str, Any]) -> Tensor | float:
     """How much of an optimizer step's loss a micro-batch is, by its labels, if the step's number of them is known."""
     labels, total = inputs.get("labels"), inputs.get("num_items_in_batch")
@@ -207,17 +215,17 @@ def _share_of_step(inputs: Mapping[str, Any]) -> Tensor | float:
     return counted.ne(-100).sum() / total
 
 
-class _Generates:
+class _Generates(ModelMixin):
     """`generate` of an adapted model that has it, with rows of a batch for different adapters."""
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The model's own `generate`; `adapter_names` gives each row of the batch its own adapter."""
         with rows_of_call(self, adapter_names, args, kwargs):
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc] # of the class that it is mixed with
 
 
 @functools.cache
-def adapted_class(kind: type, method: type[AdapterModel]) -> type:
+def adapted_class(kind: type, method: type) -> type:
     """The subclass that a model of this class becomes by a method; it goes by the name of the class itself.
 
     Libraries look classes up by name (transformers' output recorders do), so the name must not change.
@@ -227,22 +235,58 @@ def adapted_class(kind: type, method: type[AdapterModel]) -> type:
     return type(kind.__name__, (*mixins, kind), {**names, "_base_class": kind, "_method": method})
 
 
-def _rebuild(kind: type, method: type[AdapterModel]) -> nn.Module:
+def _rebuild(kind: Any, method: type) -> nn.Module:
     """An empty adapted model, for pickle and deepcopy to fill."""
     model = kind.__new__(adapted_class(kind, method))
     support_trainer(model, AdapterModel, wanted=True)
     return model
 
 
+@overload
 def get_peft_model(
-    model: Model,
+    model: nn.Module,
+    peft_config: RandLoraConfig,
+    adapter_name: str = ...,
+    *,
+    recipe: str = ...,
+    autocast_adapter_dtype: bool = ...,
+    low_cpu_mem_usage: bool = ...,
+) -> RandLoraModel: ...
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdaLoraConfig,
+    adapter_name: str = ...,
+    *,
+    recipe: str = ...,
+    autocast_adapter_dtype: bool = ...,
+    low_cpu_mem_usage: bool = ...,
+) -> AdaLoraModel: ...
+
+
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: AdapterConfig,
+    adapter_name: str = ...,
+    *,
+    recipe: str = ...,
+    autocast_adapter_dtype: bool = ...,
+    low_cpu_mem_usage: bool = ...,
+) -> AdapterModel: ...
+
+
+def get_peft_model(
+    model: nn.Module,
     peft_config: AdapterConfig,
     adapter_name: str = "default",
     *,
     recipe: str = DEFAULT_RECIPE,
     autocast_adapter_dtype: bool = True,
     low_cpu_mem_usage: bool = False,
-) -> Model:
+) -> AdapterModel:
     """Attach a new adapter to `model`, in place, freeze everything else, and return the model.
 
     Args:
@@ -260,20 +304,20 @@ def get_peft_model(
     dtype = None if autocast_adapter_dtype else floating_dtype(model)
     check_unmerged(model)
     attach_new(model, peft_config, adapter_name, recipe, dtype=dtype, meta=low_cpu_mem_usage)
-    _make_adapted(model)
-    model.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-    return model
+    adapted = _make_adapted(model)
+    adapted.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+    return adapted
 
 
 def load_adapter(
-    model: Model,
+    model: nn.Module,
     dir_or_adapter: Source,
     adapter_name: str = "default",
     is_trainable: bool = False,
     *,
     recipe: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> Model:
+) -> AdapterModel:
     """Attach a saved or converted adapter to `model`, in place, and return the model.
 
     The first adapter of a model becomes active; later ones wait for `model.set_adapter`.
@@ -293,16 +337,17 @@ def load_adapter(
         TypeError: `dir_or_adapter` is no folder and no adapter.
     """
     attach_saved(model, dir_or_adapter, adapter_name, recipe, to_train=is_trainable)
-    _make_adapted(model)
-    model._after_loading(adapter_name, is_trainable)
-    return model
+    adapted = _make_adapted(model)
+    adapted._after_loading(adapter_name, is_trainable)
+    return adapted
 
 
-def _make_adapted(model: nn.Module) -> None:
+def _make_adapted(model: nn.Module) -> AdapterModel:
     """Swap the class of a model that carries adapters."""
     if not isinstance(model, AdapterModel):
-        (info,) = model._randlora.adapters.values()
-        method = next(
-            kind for kind in (RandLoraModel, AdaLoraModel) if kind.config_class_of_adapters is type(info.config)
-        )
-        model.__class__ = adapted_class(type(model), method)
+        (info,) = attached_to(model).values()
+        methods = (RandLoraModel, AdaLoraModel)
+        method: type = next(kind for kind in methods if kind.config_class_of_adapters is type(info.config))
+        kind: type = type(model)
+        model.__class__ = adapted_class(kind, method)
+    return cast(AdapterModel, model)

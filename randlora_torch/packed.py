@@ -52,4 +52,4 @@ class Rows8bit(NamedTuple):
 
     def dequantize(self) -> Tensor:
         """The weight (out, in) in float32, before it is rounded to any dtype."""
-        return self.codes.float() * (self.SCB.float() * (1 / 127))[:, None]
+        return self.codes.float().mul_((self.SCB.float() * (1 / 127))[:, None])

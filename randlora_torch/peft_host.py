@@ -6,8 +6,8 @@ only their class changes, and that of the tuner that creates them.
 
 import contextlib
 import functools
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,8 @@ def accelerate_peft(model: PeftModel) -> PeftModel:
         raise TypeError(f"model is a {type(model).__name__} without RandLoRA: pass peft.get_peft_model's result.")
     if any(layer.merged for layer in tuner.modules() if isinstance(layer, PeftLayer)):
         raise ValueError("adapters are merged into the base weights: call model.unmerge_adapter() first.")
-    if bnb_layers() is not None:
-        bnb_layers().protect_from_repacking(model)
+    if (bnb := bnb_layers()) is not None:
+        bnb.protect_from_repacking(model)
     for name, layer in list(tuner.model.named_modules()):
         if isinstance(layer, PeftLayer) and isinstance(layer.base_layer, PeftLayer):
             tuner.model.set_submodule(name, _flattened(layer))
@@ -77,18 +77,18 @@ def _flattened(outer: PeftLayer) -> PeftLayer:
     return inner
 
 
-def _host(layer: PeftLayer) -> None:
+def _host(layer: Any) -> None:
     """Give a layer of PEFT our methods."""
     bnb = bnb_layers()
-    kinds = [(PeftLinear, ours.Linear)]
+    kinds: list[tuple[type, type]] = [(PeftLinear, ours.Linear)]
     if bnb is not None:
         from peft.tuners.randlora import bnb as peft_bnb  # exists only if bitsandbytes is installed
 
         kinds += [(peft_bnb.Linear8bitLt, bnb.Linear8bitLt), (peft_bnb.Linear4bit, bnb.Linear4bit)]
-    for theirs, mine in kinds:
-        if type(layer) is theirs:
-            layer.__class__ = _hosted_class(mine, theirs)
-            layer._share_bases()
+    fitting: list[tuple[type, type]] = [pair for pair in kinds if pair[0] is type(layer)]
+    for theirs, mine in fitting:
+        layer.__class__ = _hosted_class(mine, theirs)
+        layer._share_bases()
 
 
 @functools.cache
@@ -99,11 +99,17 @@ def _hosted_class(mine: type, theirs: type) -> type:
 
 def _rebuild(mine: type, theirs: type) -> nn.Module:
     """An empty layer, for pickle and deepcopy to fill."""
-    kind = _hosted_class(mine, theirs)
+    kind: Any = _hosted_class(mine, theirs)
     return kind.__new__(kind)
 
 
-class _Hosted:
+if TYPE_CHECKING:
+    _Mixed = ours.Linear  # or another layer of ours, see `_hosted_class`
+else:
+    _Mixed = object
+
+
+class _Hosted(_Mixed):
     """What differs between our layers and PEFT's, where PEFT's code creates, names and deletes adapters."""
 
     _made_of: tuple[type, type]
@@ -114,7 +120,8 @@ class _Hosted:
         return _rebuild, self._made_of, self.__getstate__()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        PeftLayer.update_layer(self, *args, **kwargs)
+        own: Any = self
+        PeftLayer.update_layer(own, *args, **kwargs)
         self._share_bases()
 
     def _share_bases(self) -> None:
@@ -136,7 +143,7 @@ class _Hosted:
         return super().forward(x, *args, **kwargs)
 
 
-def _on(held: nn.Module, name: str, device: torch.device) -> Tensor:
+def _on(held: Any, name: str, device: torch.device) -> Tensor:
     """One of PEFT's bases where it is needed; a copy is kept until PEFT changes what it was made from."""
     source = held[name]
     if source.device == device:
@@ -175,11 +182,12 @@ class _Tuner(PeftTuner):
 
     def _check_new_adapter_config(self, config: Any) -> None:
         BaseTuner._check_new_adapter_config(self, config)
-        saved = {other.save_projection for other in self.peft_config.values()}
+        configs: Iterable[Any] = self.peft_config.values()
+        saved = {other.save_projection for other in configs}
         if len(saved) > 1:
             raise ValueError("PEFT saves the bases of all adapters or of none: give all the same save_projection.")
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override] # PEFT calls it so
         self, randlora_config: Any, adapter_name: str, target: Any, target_name: str, parent: Any, **kwargs: Any
     ) -> None:
         if isinstance(target, PeftLayer):
@@ -211,5 +219,6 @@ class _Tuner(PeftTuner):
             yield f"the batch has {sizes[0]} rows"
         if self.training or any(layer.merged or layer.disable_adapters for layer in layers):
             yield "mixing is for inference (model.eval()) with adapters enabled and unmerged"
-        if any(config.bias != "none" or config.modules_to_save for config in self.peft_config.values()):
+        configs: Iterable[Any] = self.peft_config.values()
+        if any(config.bias != "none" or config.modules_to_save for config in configs):
             yield "an adapter trains biases or whole modules, which are not mixed here"

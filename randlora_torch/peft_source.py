@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from interop.adalora import AdaLoraConfig, SVDFactors, keep_triplets
 from interop.adapter import Adapter
 from interop.bases import Bases, cut_bases, identify_recipe
+from interop.config import RandLoraConfig
 from interop.contents import read_tensors
 from interop.errors import AdapterFormatError, bulleted
 from interop.fields import AdapterConfig
@@ -37,7 +38,7 @@ _BASES = Bases("randlora_A", "randlora_B")
 _NOT_SAVED = ("ranknum", *_BASES)  # the first is init_r, the bases are read apart from a layer's own tensors
 
 
-def extract_peft(model: nn.Module, adapter_name: str | None = None) -> RandLoraAdapter | AdaLoraAdapter:
+def extract_peft(model: Any, adapter_name: str | None = None) -> RandLoraAdapter | AdaLoraAdapter:
     """An adapter of a `peft.PeftModel`, or of a model that PEFT put its layers into, with its current values.
 
     Bases that PEFT made larger than this adapter needs, for one that was there before it, are cut to size. Of AdaLoRA,
@@ -69,6 +70,8 @@ def extract_peft(model: nn.Module, adapter_name: str | None = None) -> RandLoraA
         if isinstance(config, AdaLoraConfig):
             factors = {module: _kept(config, module, triplets) for module, triplets in contents.factors.items()}
             return AdaLoraAdapter.from_interop(Adapter(factors=factors, **parts))
+        assert isinstance(config, RandLoraConfig)
+        assert contents.bases is not None
         bases = _cut(contents.bases, shapes)
         recipe = identify_recipe(config, bases)
         adapter = Adapter(factors=contents.factors, bases=bases, recipe=recipe, **parts)

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from interop.adapter import Factors
 from interop.bases import Bases
+from interop.delta import Factors
 from interop.shapes import factor_shapes
 from randlora_torch.bases import BufferDict, LayerBases, layer_bases
 from randlora_torch.contraction import adapted_linear, plan_for
@@ -50,6 +50,9 @@ class RandLoraLayer(AdapterLayer):
     adapter_layer_names = ("randlora_lambda", "randlora_gamma")
     other_param_names = ("randlora_A", "randlora_B")
     dropout_name = "randlora_dropout"
+    randlora_lambda: nn.ParameterDict
+    randlora_gamma: nn.ParameterDict
+    randlora_dropout: nn.ModuleDict
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class RandLoraLayer(AdapterLayer):
             return super().forward(x, *args, **kwargs)
         frozen = None if self._drops(names) else self._frozen(x)
         if self.step is not None:
-            return self._step_forward(x, frozen, names)
+            return self._step_forward(self.step, x, frozen, names)
         if frozen is None:
             return super().forward(x)
         update = self._update_of(names[0], x.device, frozen.dtype)
@@ -128,14 +131,14 @@ class RandLoraLayer(AdapterLayer):
             result = result + self._update(name, x).to(result.dtype)
         return result
 
-    def _step_forward(self, x: Tensor, frozen: Frozen | None, names: list[str]) -> Tensor:
+    def _step_forward(self, step: Step, x: Tensor, frozen: Frozen | None, names: list[str]) -> Tensor:
         """Over the W' that all passes of an optimizer step share, or over dW where the base layer must be called."""
 
         def over(x: Tensor, weight: Any, bias: Tensor | None, names: list[str], dtype: torch.dtype) -> Tensor:
             def make() -> StepWeight:
                 return StepWeight(weight, [self._update_of(name, x.device, dtype) for name in names], dtype)
 
-            return self.step.linear((self, weight is None, *names, dtype, x.device), x, make, bias)
+            return step.linear((self, weight is None, *names, dtype, x.device), x, make, bias)
 
         if frozen is not None:
             return over(x, frozen.weight, frozen.bias, names, frozen.dtype).to(frozen.result_dtype)
@@ -155,7 +158,8 @@ class RandLoraLayer(AdapterLayer):
         """
         if self.plan == "auto" and torch.is_grad_enabled() and isinstance(frozen.weight, Tensor):
             return True
-        plan = plan_for(x, update.operands, dtype=frozen.dtype, **self._options(update))
+        options: dict[str, Any] = {"plan": self.plan, "keep_weight": self.keep_weight, "sparse": update.sparse}
+        plan = plan_for(x, update.operands, out_features=update.out_features, dtype=frozen.dtype, **options)
         return plan.fold_forward or (plan.fold_backward and torch.is_grad_enabled())
 
     def _update_of(self, adapter_name: str, device: torch.device, dtype: torch.dtype) -> Update:

@@ -11,7 +11,15 @@ from interop.adalora import AdaLoraConfig, SVDFactors
 from interop.adapter import Adapter
 from interop.bases import Bases, cut_bases, same_numbers
 from interop.errors import bulleted
-from randlora_torch.attach import Attached, AttachedAdapter, find_attached, held_triplets, saved_parameters
+from randlora_torch.attach import (
+    Attached,
+    AttachedAdapter,
+    attached_to,
+    find_attached,
+    held_triplets,
+    saved_parameters,
+    state_of,
+)
 from randlora_torch.bases import to_numpy, to_torch
 from randlora_torch.extracting import held_bases
 from randlora_torch.extras import brought_by, embedding_parameters
@@ -61,7 +69,7 @@ def restore(model: nn.Module, source: Source, adapter_name: str) -> None:
     if isinstance(saved.config, AdaLoraConfig):
         rows = {name: [saved.config.kept(name)[i] for i in info.held[name]] for name in info.modules}
         info = dataclasses.replace(info, config=info.config_keeping(rows), allocator=None)
-        model._randlora.adapters[adapter_name] = info if state is None else state.resume(model, adapter_name, info)
+        attached_to(model)[adapter_name] = info if state is None else state.resume(model, adapter_name, info)
 
 
 def _in_places(info: AttachedAdapter, saved: Adapter, name: str, factors: Any) -> list[Tensor]:
@@ -104,19 +112,19 @@ def _differences(
     resized = [key for key in extras if key in values and extras[key].shape != values[key].shape]
     if resized:
         yield f"{resized[:4]} have other shapes"
-    if svd:
+    if isinstance(saved.config, AdaLoraConfig):
         taken = [name for name in info.modules if name in saved.factors and not _holds(info, saved.config, name)]
         if taken:
             yield f"{taken[:4]} have triplets that the attached adapter had lost before"
         return
-    if info.config.r == saved.config.r and not _are_held(model._randlora, adapter_name, saved.bases):
+    if info.config.r == saved.config.r and not _are_held(state_of(model), adapter_name, saved.bases):
         yield "bases: they are not the same (another seed, sparsity or recipe)"
 
 
-def _are_held(state: Attached, adapter_name: str, bases: Bases) -> bool:
+def _are_held(state: Attached, adapter_name: str, bases: Bases | None) -> bool:
     """Whether these are the bases of an attached adapter, as far as it holds them."""
     held, origin = held_bases(state, adapter_name), state.adapters[adapter_name].origin
-    if bases.dims != (held.dims if origin is None else origin.dims):
+    if bases is None or bases.dims != (held.dims if origin is None else origin.dims):
         return False
     return all(map(same_numbers, cut_bases(bases, held.dims), map(to_numpy, held)))
 
@@ -125,7 +133,7 @@ def _holds(info: AttachedAdapter, config: AdaLoraConfig, name: str) -> bool:
     return set(held_triplets(config, name)) <= set(info.held[name])
 
 
-def _fill(place: Tensor, value: Tensor) -> None:
+def _fill(place: Any, value: Tensor) -> None:
     if is_sharded(place):
         distribute = torch.distributed.tensor.distribute_tensor
         value = distribute(value.to(place.device), place.device_mesh, place.placements)

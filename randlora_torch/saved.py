@@ -41,6 +41,7 @@ class ModulesToSaveWrapper(nn.Module):
 
     def _by_row(self, *args: Any, **kwargs: Any) -> Tensor:
         batch = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        assert self.rows is not None
         names = [name if name in self.modules_to_save else BASE_ROWS for name in self.rows.along(batch)]
         outputs: dict[int, Tensor] = {}
         for name in dict.fromkeys(names):
@@ -80,7 +81,7 @@ class TrainedBiases:
         self._owners = list(owners)
         copies: dict[int, nn.Parameter] = {}  # by the parameter they start from: a tied one stays tied
         for module, name in self._owners:
-            start = module._parameters[name]
+            start = _bias(module, name)
             copies.setdefault(id(start), nn.Parameter(start.detach().clone()))
         self._kept = [copies[id(module._parameters[name])] for module, name in self._owners]
         self.inside = False
@@ -90,7 +91,7 @@ class TrainedBiases:
         if inside == self.inside:
             return
         for i, (module, name) in enumerate(self._owners):
-            now = module._parameters[name]
+            now = _bias(module, name)
             wanted = self._kept[i]
             wanted.data = wanted.data.to(now.device, now.dtype)  # the model may have been moved or converted
             module._parameters[name], self._kept[i] = wanted, now
@@ -98,10 +99,16 @@ class TrainedBiases:
 
     def items(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
         """Owner, attribute and the adapter's own value of each bias."""
-        inside = [module._parameters[name] for module, name in self._owners]
+        inside = [_bias(module, name) for module, name in self._owners]
         return [
             (*owner, value) for owner, value in zip(self._owners, inside if self.inside else self._kept, strict=True)
         ]
+
+
+def _bias(module: nn.Module, name: str) -> nn.Parameter:
+    parameter = module._parameters[name]
+    assert parameter is not None, f"{name} of the {type(module).__name__} was taken away"
+    return parameter
 
 
 def bias_names(module: nn.Module) -> list[str]:

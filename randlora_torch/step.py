@@ -40,7 +40,7 @@ class Step:
         self._weights: dict[Any, StepWeight] = {}
         self._queued = False
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def linear(self, key: Any, x: Tensor, make: Callable[[], "StepWeight"], bias: Tensor | None) -> Tensor:
         """`x @ W'.T + bias`, over the weight that `make` gives for the first x that comes with this key."""
         if key not in self._weights:
@@ -88,7 +88,8 @@ class StepWeight:
         with torch.no_grad():
             for update in updates:
                 weight = folded_weight(weight, *update.operands, **update.options, dtype=dtype)
-        self.weight: Tensor = weight
+        assert isinstance(weight, Tensor), "no updates"
+        self.weight = weight
         self._updates = updates
         self._versions = self._current_versions()
         self._grad: Tensor | None = None
@@ -113,7 +114,7 @@ class StepWeight:
             return []
         if self._versions != self._current_versions():
             raise RuntimeError("lambda or gamma changed since W' was made: call optimizer.step() after the block.")
-        found = []
+        found: list[tuple[Tensor, Tensor]] = []
         for operands, scaling, out_features, sparse in self._updates:
             with torch.no_grad(), no_autocast(self._grad):
                 tall = out_features == operands.bases_B.shape[0]
@@ -135,10 +136,11 @@ class _StepLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), shared = ctx.saved_tensors, ctx.shared
         rows = grad.reshape(-1, grad.shape[-1])  # (T, out)
-        shared.add(rows, x.reshape(-1, x.shape[-1]))
+        with no_autocast(x):
+            shared.add(rows, x.reshape(-1, x.shape[-1]))
+            grad_x = grad @ shared.weight if ctx.needs_input_grad[0] else None
         ctx.step.after_backward()
-        grad_x = grad @ shared.weight if ctx.needs_input_grad[0] else None
         return grad_x, None, rows.sum(0) if ctx.needs_input_grad[2] else None, None, None

@@ -3,22 +3,29 @@
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from interop.blockwise import Rounding
 from interop.fields import AdapterConfig
 from randlora_torch.attach import Attached, AttachedAdapter, biases_outside, detach_layers, find_attached
 from randlora_torch.layer import BASE_ROWS, AdapterLayer, Rows
-from randlora_torch.merging import Rounding, is_sharded
+from randlora_torch.merging import is_sharded
 from randlora_torch.structure import adapted_layers, wrapped_modules
 
 logger = logging.getLogger(__name__)
 Names = str | Iterable[str]
 
 
-class AdapterSwitching:
+if TYPE_CHECKING:
+    ModelMixin = nn.Module  # whose methods it uses, as it is mixed into a class of models
+else:
+    ModelMixin = object
+
+
+class AdapterSwitching(ModelMixin):
     """The methods by which an adapted model changes which adapters are in force. The names are PEFT's."""
 
     _randlora: Attached
@@ -80,7 +87,7 @@ class AdapterSwitching:
 
     def _trains(self, adapter_name: str) -> bool:
         """Whether the parameters of an adapter's layers require gradients."""
-        layers = map(self.get_submodule, find_attached(self, adapter_name).modules)
+        layers: Iterable[Any] = map(self.get_submodule, find_attached(self, adapter_name).modules)
         return any(part.requires_grad for layer in layers for part in layer.factors(adapter_name))
 
     def _put_in_force(self) -> None:
@@ -217,7 +224,7 @@ class AdapterSwitching:
     @contextlib.contextmanager
     def _by_row(self, adapter_names: list[str], inputs: Iterable[Any]) -> Iterator[None]:
         """Within this context, each row of a batch is computed with its own adapter."""
-        if isinstance(adapter_names, str):
+        if isinstance(adapter_names, str):  # type: ignore[unreachable] # not by its type
             raise TypeError(f"adapter_names={adapter_names!r}: pass a list with one name per row.")
         sizes = input_sizes(inputs)
         if sizes is not None and sizes[0] != len(adapter_names):
@@ -243,7 +250,7 @@ class AdapterSwitching:
 
 
 @contextlib.contextmanager
-def rows_of(holders: Iterable[nn.Module], rows: Rows) -> Iterator[Rows]:
+def rows_of(holders: Iterable[Any], rows: Rows) -> Iterator[Rows]:
     """Within this context, these layers and modules compute a mixed batch."""
     holders, fast = list(holders), torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # nn.TransformerEncoder's reads weights instead of calling layers

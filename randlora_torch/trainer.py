@@ -32,7 +32,6 @@ def support_trainer(model: nn.Module, kind: type, *, wanted: bool) -> None:
 
 
 def _restoring(method: Any, kind: type, best: bool) -> Any:
-    @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         folder = Path(self.state.best_model_checkpoint if best else (args or tuple(kwargs.values()))[0])
@@ -43,5 +42,6 @@ def _restoring(method: Any, kind: type, best: bool) -> Any:
         for name in model.randlora_adapters:  # "default" is in the folder, the others in sub-folders
             model.restore_adapter(folder if name == "default" else folder / name, name)
 
-    wrapper._restores = kind
-    return wrapper
+    wrapped: Any = functools.wraps(method)(wrapper)
+    wrapped._restores = kind
+    return wrapped

@@ -70,7 +70,7 @@ class TrainingState:
 
     def resume(self, model: nn.Module, adapter_name: str, info: AttachedAdapter) -> AttachedAdapter:
         """The attached adapter with its allocator as it was."""
-        allocator = RankAllocator(model, info.config, adapter_name)
+        allocator = RankAllocator(model, info.adalora_config, adapter_name)
         allocator.load_state_dict(self.allocator)
         config = info.config_keeping(allocator.kept) if allocator.kept else info.config
         return dataclasses.replace(info, config=config, allocator=allocator)
@@ -81,7 +81,7 @@ def save_state(model: nn.Module, adapter_name: str, info: AttachedAdapter, direc
     if directory.exists() and not directory.is_dir():
         return  # for `interop.save` to refuse
     step = None if info.allocator is None else info.allocator.step
-    if step is None or step >= info.config.total_step:
+    if info.allocator is None or step is None or step >= (info.adalora_config.total_step or 0):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(directory / STATE_NAME)
         return

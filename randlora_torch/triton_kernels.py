@@ -191,7 +191,9 @@ def _factors(bases_A: Tensor, bases_B: Tensor, lam: Tensor, gamma: Tensor, dtype
 def _weight_arguments(weight: Weight | None, out: Tensor, sides: slice) -> dict[str, Any]:
     """W as the kernel reads it: the number at (i, j) of the long and the short side by strides, its row likewise."""
     values = scales = code = out  # stands for what is not read
-    blocksize, kind, strides = 1, "none", (out.shape[1], 1)
+    strides: tuple[int, ...] = (out.shape[1], 1)
+    rows: tuple[int, ...] = (1, 0)
+    blocksize, kind = 1, "none"
     if isinstance(weight, Packed4bit):
         values, scales, code = (part.contiguous() for part in weight[:3])
         blocksize, kind = weight.blocksize, "4bit"
@@ -199,9 +201,9 @@ def _weight_arguments(weight: Weight | None, out: Tensor, sides: slice) -> dict[
         values, scales, strides, kind = weight.codes, weight.SCB.contiguous(), weight.codes.stride(), "8bit"
     elif weight is not None:
         values, strides, kind = weight, weight.stride(), "dense"
-    arguments = {"weight": values, "scales": scales, "code": code, "BLOCKSIZE": blocksize, "KIND": kind}
+    arguments: dict[str, Any] = {"weight": values, "scales": scales, "code": code, "BLOCKSIZE": blocksize, "KIND": kind}
     arguments["weight_long"], arguments["weight_short"] = strides[sides]
-    arguments["rows_long"], arguments["rows_short"] = (1, 0)[sides]
+    arguments["rows_long"], arguments["rows_short"] = rows[sides]
     return arguments
 
 

@@ -21,6 +21,10 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+# Processes of pytest-xdist share the cores: threads of torch and BLAS beyond them would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The tolerances are those of float32: on a GPU, jax would multiply it in TF32 (tests/jax/test_devices.py).
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
@@ -41,7 +45,11 @@ OPT_IN = {
 
 
 def pytest_collection_modifyitems(config, items):
-    """Skip what must be asked for, unless the -m expression names it."""
+    """Skip what must be asked for, unless the -m expression names it; files that take little time come last.
+
+    So the processes of pytest-xdist, which take one file after the other, end at nearly the same time.
+    """
+    items.sort(key=lambda item: item.path.is_relative_to(ROOT / "tests" / "interop"))
     asked = config.getoption("markexpr") or ""
     for item in items:
         for marker, reason in OPT_IN.items():

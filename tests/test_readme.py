@@ -1,22 +1,34 @@
-"""What the README promises besides its blocks, which test_documents.py runs."""
+"""What the README promises besides its blocks, which test_documents.py and test_wheel.py run."""
 
-from pathlib import Path
+import re
 
-import pytest
+from documents import ROOT, blocks
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-
-
-def test_the_first_screen_names_the_paper_the_commands_and_the_installation():
-    lines = README.read_text(encoding="utf-8").splitlines()
-    for word, within in (("2502.00987", 10), ("pip install", 20), ("make demo", 20), ("make test", 20)):
-        assert any(word in line for line in lines[:within]), word
+README = ROOT / "README.md"
+TEXT = README.read_text(encoding="utf-8")
+LINES = TEXT.splitlines()
 
 
-@pytest.mark.parametrize("result", ["accumulation", "checkpoint", "model_step"])
-def test_every_measured_table_of_the_readme_is_one_that_a_benchmark_wrote(result):
-    written = (README.parent / "benchmarks" / "results" / f"{result}.md").read_text(encoding="utf-8")
-    table = [line for line in written.splitlines() if line.startswith("|")]
-    assert len(table) >= 4
-    for line in table:
-        assert line in README.read_text(encoding="utf-8")
+def test_the_first_screen_names_the_paper_the_installation_and_a_program_with_its_output():
+    assert any("2502.00987" in line for line in LINES[:10])
+    assert sum(line.startswith("pip install") for line in LINES[:15]) == 3
+    program = next(block for block in blocks(README) if block.language == "python")
+    assert program.output
+    assert LINES.index(program.output.splitlines()[-1]) < 30
+    for command in ("make demo", "make test"):
+        assert any(line.startswith(command) for line in LINES), command
+
+
+def test_the_measured_table_is_the_one_that_the_benchmark_wrote():
+    written = (ROOT / "benchmarks" / "results" / "summary.md").read_text(encoding="utf-8")
+    title, _, machine, *table = written.splitlines()
+    shown = [line for line in table if line.startswith("|")]
+    assert len(shown) >= 6
+    for line in (title.removeprefix("# "), machine, *shown):
+        assert line in TEXT, line
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", TEXT)
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []

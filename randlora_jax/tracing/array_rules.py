@@ -3,15 +3,16 @@
 A primitive without a rule ends the tracks that meet it, so what is not known is never taken for a kernel.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 from jax.extend.core import JaxprEqn
 
 from randlora_jax.tracing.propagation import Propagation, Rule, Value, join, shapes_of, unknown
-from randlora_jax.tracing.tracks import Track, Unit, axes_of, new_dim, resized, size_of
+from randlora_jax.tracing.tracks import Dim, Track, Unit, axes_of, new_dim, resized, size_of
 
 
 def dot_general(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -79,13 +80,14 @@ def overwrite(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[V
 
 
 def _combine(walk: Propagation, eqn: JaxprEqn, operands: list[Value], shapes: list[tuple[int, ...]]) -> Value:
-    (result,), (shape,) = eqn.outvars, shapes_of(eqn.outvars)
+    (shape,) = shapes_of(eqn.outvars)
+    result: Any = eqn.outvars[0].aval
     going_on: list[Value] = []
     for i, (value, own) in enumerate(zip(operands, shapes, strict=True)):
         if any(other.data for j, other in enumerate(operands) if j != i):
             use = WITH_DATA.get(eqn.primitive.name, f"combined with activations by {eqn.primitive.name}")
             walk.end(value.tracks, use)
-        elif len(own) != len(shape) or result.aval.dtype == bool:  # a scalar factor, a comparison
+        elif len(own) != len(shape) or result.dtype == bool:  # a scalar factor, a comparison
             walk.end(value.tracks, f"used by {eqn.primitive.name}")
         else:
             going_on.append(_broadcast(value, shape, tuple(range(len(shape)))))
@@ -147,7 +149,7 @@ def all_gather(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[
             return track.resize(shape)
         return track.with_dims((*track.dims[:place], new_dim(shape[place]), *track.dims[place:]))
 
-    return [operand.map(lambda track, s=s: gathered(track, s)) for operand, s in zip(operands, shapes, strict=True)]
+    return [operand.map(functools.partial(gathered, shape=s)) for operand, s in zip(operands, shapes, strict=True)]
 
 
 def resize(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
@@ -163,12 +165,13 @@ def dynamic_slice(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> li
 def gather(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Value]:
     """W[i] by one index or several; rows by data of an embedding table."""
     numbers, sizes = eqn.params["dimension_numbers"], _ints(eqn.params["slice_sizes"])
-    (shape,), rows = shapes_of(eqn.outvars), _ints(eqn.invars[1].aval.shape[:-1])
+    (shape,), rows = shapes_of(eqn.outvars), shapes_of(eqn.invars[1:2])[0][:-1]
     many, by_data, collapsed = math.prod(rows) != 1, operands[1].data, numbers.collapsed_slice_dims
     if numbers.operand_batching_dims:
         return unknown(walk, eqn, operands)
 
     def gathered(track: Track) -> Track:
+        row_dims: list[Dim]
         indexed = {d for d, dim in enumerate(track.dims) if d in collapsed or sizes[d] == 1 < size_of(dim)}
         kept = [
             () if d in indexed else resized(dim, sizes[d]) for d, dim in enumerate(track.dims) if d not in collapsed

@@ -40,8 +40,8 @@ class InferredLayouts(Mapping[str, Layout]):
         """These layouts with the names that rules give the weights in adapter files, and the axes that they speak of.
 
         Args:
-            rules: One of `LAYOUTS`, a YAML file, or `LayoutRule`s. A rule without axes is for kernels found by the
-                trace only; one with all axes also makes a kernel of what was refused.
+            rules: One of `LAYOUTS`, a YAML file, or a list of `LayoutRule`. One without axes is for kernels found by
+                the trace only; one with all axes also makes a kernel of what was refused.
 
         Raises:
             ValueError: as `name_layouts`, or a rule contradicts the trace.
@@ -114,10 +114,14 @@ def _read(jaxpr: Jaxpr, shapes: dict[str, tuple[int, ...]]) -> InferredLayouts:
     walk = Propagation({**ARRAY_RULES, **CONTROL_FLOW}, {name: Findings() for name in shapes})
     for result in walk.run(jaxpr, values):
         walk.end(result.tracks, "returned")
-    layouts, refused = {}, {}
+    layouts: dict[str, Layout] = {}
+    refused: dict[str, str] = {}
     for name, findings in walk.findings.items():
         verdict = _judge(findings)
-        (layouts if isinstance(verdict, Layout) else refused)[name] = verdict
+        if isinstance(verdict, Layout):
+            layouts[name] = verdict
+        else:
+            refused[name] = verdict
     return InferredLayouts(layouts, refused, shapes)
 
 

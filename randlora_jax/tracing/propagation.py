@@ -118,7 +118,7 @@ def unknown(walk: Propagation, eqn: JaxprEqn, operands: list[Value]) -> list[Val
 
 def callee(eqn: JaxprEqn) -> Jaxpr | None:
     """The jaxpr that an equation calls with its own operands: jit, remat, custom_jvp, shard_map and the like."""
-    jaxprs = [getattr(p, "jaxpr", p) for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
+    jaxprs: list[Any] = [getattr(p, "jaxpr", p) for p in eqn.params.values() if isinstance(p, Jaxpr | ClosedJaxpr)]
     if len(jaxprs) != 1:
         return None
     pairs = ((jaxprs[0].invars, eqn.invars), (jaxprs[0].outvars, eqn.outvars))

@@ -8,7 +8,7 @@ what happens to its axes. A unit cut out of several axes counts as all of them, 
 import dataclasses
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from randlora_jax.layouts import Layout
 
@@ -20,6 +20,7 @@ class Unit(NamedTuple):
     axes: tuple[int, ...]
 
 
+Item = TypeVar("Item")
 Dim = tuple[Unit, ...]
 
 
@@ -96,10 +97,10 @@ class Track:
         units = [unit for dim in whole.dims for unit in dim]
         dims: list[Dim] = []
         for size in shape:
-            dim = _fill(size, units)
-            if dim is None:
+            filled = _fill(size, units)
+            if filled is None:
                 return None
-            dims.append(dim)
+            dims.append(filled)
         if units and dims:
             dims[-1] += tuple(units)
         return whole.with_dims(dims)
@@ -151,7 +152,7 @@ def resized(dim: Dim, size: int) -> Dim:
     return dim if size_of(dim) == size else (Unit(size, axes_of(dim)),)
 
 
-def _unique(items: Iterable) -> tuple:
+def _unique(items: Iterable[Item]) -> tuple[Item, ...]:
     return tuple(dict.fromkeys(items))
 
 

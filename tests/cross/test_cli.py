@@ -80,7 +80,13 @@ def test_help_shows_every_command_and_its_examples(folder):
         assert "exit codes: 0 done, or the same; 1 verify and diff: not the same; 2 it could not be done" in own.stdout
 
 
-@pytest.mark.parametrize("line", EXAMPLES, ids=" ".join)
+# The README verifies with both stacks as well, which takes the time to import them.
+SLOW = [("verify", "adapter", "rewritten")]
+
+
+@pytest.mark.parametrize(
+    "line", [pytest.param(line, marks=pytest.mark.slow if line in SLOW else ()) for line in EXAMPLES], ids=" ".join
+)
 def test_the_examples_of_the_help_do_what_they_say(folder, line):
     done = run(folder, *line)
     assert "randlora" not in done.stderr  # libraries that are imported may have something to say

@@ -5,13 +5,13 @@ import json
 import pytest
 
 import interop
-from tests.examples.running import run
+from tests.examples.running import EXAMPLES, run_in_place
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return out, run("demo.py", "--out", out)
+    return out, run_in_place(EXAMPLES / "demo" / "demo.py", "--out", out)
 
 
 def test_the_demo_writes_adapter_picture_and_report(finished):
@@ -59,7 +59,8 @@ def test_the_demo_takes_a_users_own_model_tokenizer_and_text(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "mine.txt").write_text(corpus, encoding="utf-8")
     save_llama_with_a_tokenizer(tmp_path / "model", corpus)
-    run("demo.py", "--model", tmp_path / "model", "--text", tmp_path / "text", "--out", tmp_path / "out")
+    options = ["--model", tmp_path / "model", "--text", tmp_path / "text", "--out", tmp_path / "out"]
+    run_in_place(EXAMPLES / "demo" / "demo.py", *options)
     config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert config["base_model_name_or_path"] == str(tmp_path / "model")
     assert len(interop.load(tmp_path / "out" / "adapter").modules) == 7

@@ -1,23 +1,32 @@
 """The torch examples, a few steps of everything, each in a process of its own as a user would run it."""
 
 import re
+from pathlib import Path
 
 import pytest
 
 import interop
-from tests.examples.running import EXAMPLES, assert_is_short, assert_tells_the_last_line, run
+from tests.examples import running
+from tests.examples.running import docstring
+
+TUNE, SERVE, ADALORA = "08_sft_4bit_torch.py", "09_serve_adapters_torch.py", "10_adalora_4bit_torch.py"
+
+
+def run(name, folder, *arguments):
+    """The lines of an example and the folder that it writes to; its docstring says what the last line is."""
+    lines = running.run(name, folder, *arguments)
+    assert f"\n    {lines[-1]}\n" in docstring(name) + "\n"
+    return lines, folder / "runs" / name.removesuffix(".py")
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    out = tmp_path_factory.mktemp("sft")
-    return out, run("sft_4bit.py", "--out", out)
+    folder = tmp_path_factory.mktemp("sft")
+    return folder, *run(TUNE, folder)
 
 
 def test_fine_tuning_in_4_bits_saves_reloads_and_merges(tuned):
-    out, lines = tuned
-    assert lines[-1] == f"the reloaded adapter gives the same logits; it is in {out / 'adapter'}"
-    assert_tells_the_last_line("sft_4bit.py", lines[-1], out)
+    _, lines, out = tuned
     adapter = interop.load(out / "adapter")
     assert len(adapter.modules) == 28
     assert any(lam.any() for lam, _ in adapter.factors.values())
@@ -30,7 +39,7 @@ def test_fine_tuning_in_4_bits_saves_reloads_and_merges(tuned):
 
 
 def test_fine_tuning_in_4_bits_writes_checkpoints_of_the_adapter_alone(tuned):
-    out, _ = tuned
+    _, _, out = tuned
     checkpoints = sorted((out / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == [f"checkpoint-{step}" for step in range(1, 5)]
     assert {path.name for path in checkpoints[0].glob("*.safetensors")} == {"adapter_model.safetensors"}
@@ -38,42 +47,34 @@ def test_fine_tuning_in_4_bits_writes_checkpoints_of_the_adapter_alone(tuned):
 
 @pytest.mark.slow
 def test_fine_tuning_in_4_bits_goes_on_from_a_checkpoint(tuned):
-    out, _ = tuned
+    folder, _, out = tuned
     before = (out / "adapter" / "adapter_model.safetensors").read_bytes()
     for step in (3, 4):
         (out / "checkpoints" / f"checkpoint-{step}").rename(out / f"put-away-{step}")
-    run("sft_4bit.py", "--out", out, "--resume")
+    run(TUNE, folder, "--resume")
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
-def served(tmp_path, *arguments):
-    lines = run("serve_adapters.py", "--out", tmp_path, *arguments)
-    want = "every row of the mixed batch is that of its adapter alone; the adapters are in"
-    assert lines[-1] == f"{want} {tmp_path}"
-    assert_tells_the_last_line("serve_adapters.py", lines[-1], tmp_path)
-    assert {name: interop.load(tmp_path / name).config.r for name in ("code", "capitals", "leet")} == {
-        "code": 16,
-        "capitals": 32,
-        "leet": 8,
-    }
-    assert interop.load(tmp_path / "capitals").config.sparse
+def assert_serves(folder, *arguments):
+    lines, out = run(SERVE, folder, *arguments)
+    configs = {name: interop.load(out / name).config for name in ("code", "capitals", "leet")}
+    assert {name: config.r for name, config in configs.items()} == {"code": 16, "capitals": 32, "leet": 8}
+    assert configs["capitals"].sparse
     sizes = [int(found.replace(",", "")) for found in re.findall(r"([\d,]+) bytes", "\n".join(lines))]
     assert sizes[1] < sizes[0]  # deleting one adapter freed its memory
 
 
-def test_adapters_of_three_kinds_are_served_on_one_base(tuned, tmp_path):
-    served(tmp_path, "--model", tuned[0] / "base_model")
+def test_adapters_of_three_kinds_are_served_on_one_base(tmp_path):
+    assert_serves(tmp_path)
 
 
 @pytest.mark.slow
-def test_adapters_are_served_on_a_base_in_4_bits_that_the_example_trained_itself(tmp_path):
-    served(tmp_path, "--nf4")
+def test_adapters_are_served_on_a_given_base_in_4_bits(tuned, tmp_path):
+    assert_serves(tmp_path, "--nf4", "--model", tuned[2] / "base_model")
 
 
-def allocated(out, *arguments):
-    lines = run("adalora_4bit.py", "--out", out, *arguments)
-    assert lines[-1] == f"the reloaded adapter gives the same logits; it is in {out / 'adapter'}"
-    assert_tells_the_last_line("adalora_4bit.py", lines[-1], out)
+def assert_allocates(folder, *arguments):
+    lines, out = run(ADALORA, folder, *arguments)
     adapter = interop.load(out / "adapter")
     ranks = {name: len(factors.E) for name, factors in adapter.factors.items()}
     assert len(ranks) == 28
@@ -84,15 +85,10 @@ def allocated(out, *arguments):
     assert (out / "ranks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_adalora_takes_ranks_from_a_4_bit_model_and_draws_what_is_left(tuned, tmp_path):
-    allocated(tmp_path, "--model", tuned[0] / "base_model", "--text", EXAMPLES)
+def test_adalora_takes_ranks_from_a_4_bit_model_and_draws_what_is_left(tmp_path):
+    assert_allocates(tmp_path)
 
 
 @pytest.mark.slow
-def test_adalora_in_4_bits_on_a_base_that_the_example_trained_itself(tmp_path):
-    allocated(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["sft_4bit.py", "serve_adapters.py", "adalora_4bit.py"])
-def test_an_example_is_short_and_has_few_options(name):
-    assert_is_short(name)
+def test_adalora_in_4_bits_on_a_given_model_and_text(tuned, tmp_path):
+    assert_allocates(tmp_path, "--model", tuned[2] / "base_model", "--text", __file__, Path(interop.__file__))

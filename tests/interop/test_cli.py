@@ -1,5 +1,6 @@
 """What `randlora inspect` says of an adapter, and the bar; all commands as processes: tests/cross/test_cli.py."""
 
+import importlib.metadata
 import io
 import json
 import re
@@ -62,6 +63,21 @@ def test_inspect_tells_of_the_adapters_in_sub_folders(folder, capsys):
     facts = inspected(folder, capsys, "--adapter-name", "second")
     assert facts["method"] == "AdaLoRA"
     assert {name: module["rank"] for name, module in facts["modules"].items()} == {n: sum(k) for n, k in KEPT.items()}
+
+
+def test_the_version_is_that_of_the_installed_package_and_needs_no_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"randlora {importlib.metadata.version('randlora')}\n"
+
+
+def test_commands_run_from_sources_that_are_not_installed(folder, capsys, monkeypatch):
+    def nothing_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", nothing_installed)
+    assert inspected(folder, capsys)["modules"]
 
 
 class Terminal(io.StringIO):

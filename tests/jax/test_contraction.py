@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from crossing import cross
 from flax import nnx
 from jax.ad_checkpoint import print_saved_residuals
 from stacks import CASES, DTYPES, SCALING, Case, draw_layer, every_case, few_cases, formula, without_type_checks
@@ -171,10 +172,9 @@ def written_out(case):
     return forward
 
 
-@pytest.mark.parametrize(("case", "plan"), [("wide", "factored"), ("tall", "folded")])
-@pytest.mark.parametrize("outer", [jax.jacfwd, jax.jacrev], ids=["forward", "reverse"])
-def test_second_derivatives_are_those_of_the_formula(case, plan, outer):
-    case = CASES[case]
+@cross(layer=[("wide", "factored"), ("tall", "folded")], outer=[jax.jacfwd, jax.jacrev])
+def test_second_derivatives_are_those_of_the_formula(layer, outer):
+    case, plan = CASES[layer[0]], layer[1]
     x, kernel, A, B, lam, gamma = Drawn(case, 8, rows=(2,)).arguments
 
     def hessian(forward):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from crossing import cross
 from stacks import CASES, SCALING, Case, draw_layer
 from tolerances import TOLERANCE
 
@@ -67,9 +68,9 @@ def test_the_kernels_compute_the_oracles_update_and_gradients_whatever_the_tiles
         np.testing.assert_allclose(grad, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(("weights", "bases"), [("bfloat16", "int8"), ("float16", "float16")])
-def test_weights_and_bases_of_any_dtype_are_read_and_only_the_result_is_rounded(target, weights, bases):
+@cross(target=TARGETS, dtypes=[("bfloat16", "int8"), ("float16", "float16")])
+def test_weights_and_bases_of_any_dtype_are_read_and_only_the_result_is_rounded(target, dtypes):
+    weights, bases = dtypes
     case = TILED["one tile"]
     drawn = ternary(draw_layer(case, spare=0)) if bases == "int8" else draw_layer(case, bases=bases, spare=0)
     weight = drawn_weight(case, jnp.dtype(weights))
@@ -125,10 +126,13 @@ def lowered(function, platform, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("platform", "call"), [("cuda", "__gpu$xla.gpu.triton"), ("tpu", "tpu_custom_call")])
-@pytest.mark.parametrize(("size", "bases"), [("n=32", "bfloat16"), ("n=96", "int8"), ("padded", "bfloat16")])
-def test_a_training_step_is_lowered_to_three_calls_of_kernels(platform, call, size, bases, monkeypatch):
+CALLS = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
+
+
+@cross(sizes=[("n=32", "bfloat16"), ("n=96", "int8"), ("padded", "bfloat16")], platform=list(CALLS))
+def test_a_training_step_is_lowered_to_three_calls_of_kernels(platform, sizes, monkeypatch):
     monkeypatch.undo()  # tiles as on the device
+    size, bases = sizes
     D, d, r = REALISTIC[size]
     n, array = -(-d // r), jax.ShapeDtypeStruct
     x, kernel = array((8, d), jnp.bfloat16), array((d, D), jnp.bfloat16)
@@ -140,7 +144,7 @@ def test_a_training_step_is_lowered_to_three_calls_of_kernels(platform, call, si
 
     step = jax.value_and_grad(loss, argnums=(0, 4, 5))
     text = lowered(step, platform, x, kernel, *adapter, array((n, d), jnp.float32))
-    assert text.count(call) == 3  # W' forward, W' again, the gradients
+    assert text.count(CALLS[platform]) == 3  # W' forward, W' again, the gradients
 
 
 def test_the_scaled_bases_are_nowhere_in_the_program():

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from crossing import cross
 from flax import linen, nnx
 from tolerances import TOLERANCE
 
@@ -100,8 +101,7 @@ def functional(surface):
     return outputs
 
 
-@every_kind
-@pytest.mark.parametrize("surface", ["effective_params", "lazy_params"])
+@cross(kind=list(KINDS), surface=["effective_params", "lazy_params"])
 def test_outputs_and_gradients_are_those_over_the_dequantized_base(kind, surface):
     params = quantized(kind)
     adapter = randomized(init(CONFIG, params))

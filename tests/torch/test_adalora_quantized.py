@@ -4,6 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from crossing import cross
 
 import randlora_torch
 from interop import AdaLoraConfig
@@ -125,8 +126,7 @@ def test_a_training_llama_in_float32_is_the_plain_one_with_w_plus_dw(llama_folde
             assert relative_error(part.grad, expected) < 2e-5
 
 
-@pytest.mark.parametrize("keep_base", [True, False])
-@every_kind
+@cross(kind=list(QUANTIZATIONS), keep_base=[True, False])
 def test_merging_adds_what_requantizing_the_sum_rounds_and_nothing_else(llama_folder, kind, keep_base):
     model = adapted(llama_folder, kind).train()
     before = {name: quantized.stored(layer.base_layer) for name, layer in layers_of(model).items()}

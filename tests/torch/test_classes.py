@@ -164,6 +164,15 @@ def test_counts_of_parameters_are_the_sums(kind):
     assert model.get_nb_trainable_parameters() == (0, total)
 
 
+def test_parameters_that_zero_3_has_split_are_counted_whole():
+    model = trained("MLP")
+    want = model.get_nb_trainable_parameters()
+    for parameter in model.parameters():  # as DeepSpeed leaves them between uses
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    assert model.get_nb_trainable_parameters() == want
+
+
 @pytest.mark.parametrize("kind", ["nf4-double", "int8"])
 @pytest.mark.parametrize("options", [{}, {"use_reentrant": False}, {"use_reentrant": True}], ids=str)
 def test_a_quantized_model_prepared_for_training_checkpoints_and_trains_in_float32(llama_folder, kind, options):

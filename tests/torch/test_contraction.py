@@ -226,7 +226,7 @@ def test_sparse_products_leave_second_derivatives_and_vmap_to_dense_ones():
 
 def test_the_choice_follows_tokens_and_what_is_kept():
     operands = Operands(torch.empty(32, 1024), torch.empty(1024, 32, 32), torch.empty(32, 32), torch.empty(32, 1024))
-    options = {"out_features": 1024, "scaling": 1.0, "plan": "auto", "dtype": torch.float32}
+    options = {"out_features": 1024, "plan": "auto", "dtype": torch.float32}
 
     def choose(tokens, **changes):
         x = torch.empty(2, tokens // 2, 1024, requires_grad=True)

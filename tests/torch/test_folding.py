@@ -115,7 +115,7 @@ def test_the_weight_is_made_once_for_all_micro_batches_and_its_gradient_is_proje
 
     monkeypatch.setattr(contraction, "add_product", counting_add)
     monkeypatch.setattr(gradient_rules.Operands, "project", counting_project)
-    model = adapted(dtype=torch.float32)
+    model = randomize(get_peft_model(mlp(), config(["up", "down", "head"])))  # all that multiplies
     with fold_once(model):
         for part in X.split(1):
             total(model, part).backward()
@@ -262,7 +262,7 @@ class More(nn.Linear):
 
 @pytest.mark.parametrize("hook", ["forward hook", "forward replaced", "subclass"])
 def test_a_base_layer_that_does_more_than_multiply_is_called(hook):
-    model = adapted(dtype=torch.float32)
+    model = randomize(get_peft_model(mlp(), config(["up", "down", "head"])))  # all that multiplies
     set_plan(model, "folded")
     base, calls = model.up.base_layer, []
     if hook == "forward hook":
@@ -280,7 +280,7 @@ def test_a_base_layer_that_does_more_than_multiply_is_called(hook):
 
 
 def test_many_steps_leave_no_memory_behind():
-    model = adapted(dtype=torch.float32)
+    model = randomize(get_peft_model(mlp(), config(["up", "down", "head"])))  # all that multiplies
 
     def step():
         with fold_once(model):
@@ -311,3 +311,18 @@ def test_twenty_steps_give_the_same_losses_in_every_plan_and_once_per_step():
     assert losses["factored"][0] - losses["factored"][-1] > 0.1
     for plan, values in losses.items():
         assert values == pytest.approx(losses["factored"], abs=1e-5), plan
+
+
+def test_backward_within_autocast_multiplies_in_the_dtype_of_forward():
+    model = randomize(get_peft_model(mlp(), config(["up", "down", "head"])))  # all that multiplies
+
+    def gradients_within(context):
+        with fold_once(model):
+            loss = total(model, X)
+            with context:
+                loss.backward()
+        return gradients(model)
+
+    want = gradients_within(contextlib.nullcontext())
+    got = gradients_within(torch.autocast("cpu", torch.bfloat16))
+    torch.testing.assert_close(got, want, rtol=0, atol=0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from crossing import cross
 from torch import nn
 
 from randlora_torch import RandLoraLayer, extract, get_peft_model, load_adapter
@@ -120,13 +121,17 @@ def generated(model, rows=slice(None), **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False, pad_token_id=0, **options)
 
 
-@pytest.mark.parametrize(
-    ("kind", "fields"),
-    [("Llama", {}), ("GPT-2", {}), ("Llama", {"modules_to_save": ["embed_tokens", "lm_head"]})],
-    ids=["Llama", "GPT-2", "Llama with modules"],
-)
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
-def test_each_row_is_generated_with_its_own_adapter(kind, fields, options):
+GENERATED = {
+    "Llama": ("Llama", {}),
+    "GPT-2": ("GPT-2", {}),
+    "Llama with modules": ("Llama", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+}
+WAYS = {"greedy": {}, "beams": {"num_beams": 2}, "sequences": {"num_beams": 3, "num_return_sequences": 2}}
+
+
+@cross(model=GENERATED, options=WAYS)
+def test_each_row_is_generated_with_its_own_adapter(model, options):
+    kind, fields = model
     model = company(kind, fields, {"modules_to_save": fields["modules_to_save"][:1]} if fields else {})
     per_row = options.get("num_return_sequences", 1)
     want = []

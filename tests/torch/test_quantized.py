@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from crossing import cross
 from torch import nn
 
 from interop import RandLoraConfig
@@ -125,8 +126,7 @@ def test_what_kernels_read_of_a_quantized_weight_stands_for_the_same_numbers(lla
         torch.testing.assert_close(packed.dequantize(), dequantized(layer.base_layer), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("plan", ["factored", "folded"])
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@cross(kind=list(QUANTIZATIONS), plan=["factored", "folded"])
 def test_both_plans_train_a_quantized_llama_alike(llama_folder, kind, plan):
     model = adapted(llama_folder, kind).train()
     set_plan(model, plan)
@@ -223,9 +223,7 @@ def requantized(layer, weight):
     return bnb.dequantize_4bit(bitsandbytes.nn.Params4bit(packed, quant_state=state)).float(), parts
 
 
-@pytest.mark.parametrize("keep_base", [True, False])
-@pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@cross(kind=list(QUANTIZATIONS), dtype=[F32, BF16], keep_base=[True, False])
 def test_merging_adds_what_requantizing_the_sum_rounds_and_nothing_else(llama_folder, kind, dtype, keep_base):
     model = adapted(llama_folder, kind, dtype).train()
     before, want = {name: stored(layer.base_layer) for name, layer in layers_of(model)}, output(model)

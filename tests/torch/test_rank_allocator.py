@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from crossing import cross
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainingArguments
 
@@ -230,9 +231,7 @@ def assert_same_state(one, other):
             assert a == b
 
 
-@pytest.mark.parametrize("way", ["load_adapter", "restore_adapter"])
-@pytest.mark.parametrize("stop", [1, 2, 5, 7, 8, 9, 10, 11])
-@pytest.mark.parametrize("every", [1, 3])
+@cross(stop=[1, 2, 5, 7, 8, 9, 10, 11], way=["load_adapter", "restore_adapter"], every=[3, 1])
 def test_a_resumed_run_ends_at_the_bits_of_the_uninterrupted_one(tmp_path, way, stop, every):
     whole = Run(adapted(deltaT=every))
     whole.steps(1, 12)

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from crossing import cross
 from torch import nn
 
 from interop import AdaLoraConfig, RandLoraConfig
@@ -88,9 +89,15 @@ def story(folder, tmp_path, kind, config, *, repack, evaluate):
     return seen
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("repack", [False, True])
-@pytest.mark.parametrize("adapter", CONFIGS)
+@cross(
+    "all layers-True-nf4",
+    "some layers-False-fp4-double",
+    "some layers-True-nf4",
+    "AdaLoRA-True-fp4-double",
+    adapter=list(CONFIGS),
+    repack=[False, True],
+    kind=KINDS,
+)
 def test_switching_between_training_and_serving_changes_no_bit_of_what_follows(
     llama_folder, tmp_path, kind, adapter, repack
 ):

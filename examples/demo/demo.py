@@ -1,7 +1,7 @@
 """The whole way once: train an adapter in Flax, move it to torch, go on in 4 bits, and check that nothing was lost.
 
-Run `make demo`, or `python examples/demo.py [--model FOLDER] [--text FILE_OR_FOLDER]`. Without arguments it trains a
-small byte-level Llama on the docstrings of Python's standard library and adapts it to the library's source code. With
+Run `make demo`, or `python examples/demo/demo.py [--model FOLDER] [--text FILE_OR_FOLDER]`. Without arguments it trains
+a small byte-level Llama on the docstrings of Python's standard library and adapts it to the library's source code. With
 them it adapts your Llama (a transformers folder) to your text. About four minutes on two CPU cores; the last line is
 
     wrote adapter, loss.png and report.md to runs/demo

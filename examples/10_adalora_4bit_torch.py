@@ -1,22 +1,31 @@
 """AdaLoRA on a 4-bit model: all layers start with rank 12, training takes it where it matters least; see what is left.
 
-Run `python examples/adalora_4bit.py [--model FOLDER] [--text FILE_OR_FOLDER]`. A model of the standard library's
-docstrings learns to write its source code. Without --model, a small byte-level Llama is trained first. About three
-minutes on two CPU cores; `ranks.png` shows the rank of each layer, and the last line is
+Run `python examples/10_adalora_4bit_torch.py [--model FOLDER] [--text FILE ...]`. A model of Python's manual learns to
+write the source code of its library. Without --model, a small byte-level Llama is trained first. `ranks.png` shows the
+rank of each layer. It needs `pip install "randlora[bnb]" accelerate`, and takes about two minutes on two CPU cores; the
+last line is
 
-    the reloaded adapter gives the same logits; it is in runs/adalora_4bit/adapter
+    the reloaded adapter gives the same logits; it is in runs/10_adalora_4bit_torch/adapter
 """
 
 import argparse
 import importlib.util
 import sys
+import sysconfig
 from pathlib import Path
+from pydoc_data.topics import topics
 
-import base_model
 import numpy as np
-import text
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from randlora_torch import AdaLoraCallback, AdaLoraConfig, get_peft_model, load_adapter
 
@@ -27,10 +36,9 @@ INIT_R, TARGET_R = 12, 4  # the rank of each layer at first, and on average in t
 def main() -> None:
     """Train, print and draw the ranks, save, reload, check."""
     options = parse_arguments()
-    out = Path(options.out)
-    folder = Path(options.model) if options.model else out / "base_model"
+    out, folder = options.out, options.model or options.out / "base_model"
     if not options.model:
-        base_model.train_base(folder, steps=options.base_steps)
+        train_base(folder, options.base_steps)
     training, held_out = load_examples(folder, options)
 
     config = AdaLoraConfig(
@@ -62,15 +70,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line; `--smoke` makes every part a few steps long."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of a causal language model (default: train a small one)")
-    parser.add_argument("--text", help="text file or folder to learn from (default: the standard library's code)")
-    parser.add_argument("--out", default="runs/adalora_4bit", help="where to write (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=base_model.STEPS, help="steps of the base model")
+    parser.add_argument("--model", type=Path, help="folder of a causal language model (default: train a small one)")
+    parser.add_argument("--text", type=Path, nargs="+", help="text files to learn from (default: the library's code)")
+    parser.add_argument("--out", type=Path, default="runs/10_adalora_4bit_torch", help="where to write")
     parser.add_argument("--steps", type=int, default=300, help="steps of the fine-tuning (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
     options = parser.parse_args()
-    if options.smoke:
-        options.base_steps, options.steps = 4, 6
+    options.steps, options.base_steps = (6, 4) if options.smoke else (options.steps, 300)
     return options
 
 
@@ -84,18 +90,21 @@ def load_4bit(folder: Path) -> torch.nn.Module:
 
 def load_examples(folder: Path, options: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Random crops of the text to train on, and of its last tenth to evaluate on."""
-    data = text.read_text(options.text) if options.text else text.source_code()
-    tokens = text.to_tokens(data)
+    files = options.text or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    data = b"\n\n".join(file.read_bytes() for file in files)
+    tokens = torch.tensor(list(data))  # one per byte, unless the model has a tokenizer
     if any(folder.glob("tokenizer*")):
-        tokens = np.asarray(AutoTokenizer.from_pretrained(folder)(data.decode(errors="ignore"))["input_ids"])
-    training, held_out = text.split(tokens)
-    return crops(training, 4 * options.steps), crops(held_out, 4 if options.smoke else HELD_OUT)
+        tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(data.decode(errors="ignore"))["input_ids"])
+    boundary = len(tokens) * 9 // 10
+    if len(tokens) - boundary <= LENGTH:
+        sys.exit(f"--text has {len(tokens)} tokens, but a tenth of it must be more than {LENGTH}: give more text")
+    return crops(tokens[:boundary], 4 * options.steps), crops(tokens[boundary:], 4 if options.smoke else HELD_OUT)
 
 
-def crops(tokens: np.ndarray, count: int) -> list[dict]:
+def crops(tokens: torch.Tensor, count: int) -> list[dict]:
     """Examples for the Trainer; labels are the inputs, which the model shifts by one."""
-    rows = next(text.batches(tokens, batch_size=count, length=LENGTH - 1, seed=0))
-    return [{"input_ids": row, "labels": row} for row in torch.from_numpy(rows).long()]
+    starts = torch.randint(len(tokens) - LENGTH, (count, 1), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": row, "labels": row} for row in tokens[starts + torch.arange(LENGTH)]]
 
 
 def training_arguments(out: Path, options: argparse.Namespace) -> TrainingArguments:
@@ -134,15 +143,36 @@ def show_ranks(ranks: dict[str, int], file: Path) -> None:
     grid = np.zeros((len(projections), len(blocks)))
     for name, rank in ranks.items():
         grid[projections.index(name.rsplit(".", 1)[1]), int(name.split(".layers.")[1].split(".")[0])] = rank
-    figure = Figure(figsize=(2.5 + 0.6 * len(blocks), 1.6 + 0.4 * len(projections)), layout="constrained")
+    figure = Figure(figsize=(3.5 + 0.6 * len(blocks), 1.6 + 0.4 * len(projections)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(grid, cmap="viridis", vmin=0, vmax=INIT_R, aspect="auto")
     for (y, x), rank in np.ndenumerate(grid):
         axes.text(x, y, f"{rank:.0f}", ha="center", va="center", color="white" if rank < INIT_R / 2 else "black")
-    axes.set(xlabel="block of the model", xticks=blocks, title=f"Rank that AdaLoRA left each layer, of {INIT_R}")
+    axes.set(xlabel="block of the model", xticks=blocks, ylabel="adapted layer of the block")
+    axes.set(title=f"Rank that AdaLoRA left each layer; all began with {INIT_R}")
     axes.set_yticks(range(len(projections)), projections)
     figure.colorbar(image, label="rank")
     figure.savefig(file, dpi=150)
+
+
+# A stand-in for your model: a Llama of 0.9 million parameters that reads bytes, trained on the manual of Python.
+def train_base(folder: Path, steps: int) -> None:
+    """Train it for some steps and save it; bitsandbytes wants sizes that are multiples of 64."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 256, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    tokens = torch.tensor(list("".join(topics.values()).encode()))
+    for step in range(1, steps + 1):
+        batch = tokens[torch.randint(len(tokens) - 128, (8, 1)) + torch.arange(128)]  # (B, T)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 100 == 0:
+            print(f"base model: step {step}/{steps}, loss {loss.item():.3f}", file=sys.stderr)
+    model.save_pretrained(folder)
 
 
 if __name__ == "__main__":

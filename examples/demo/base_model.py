@@ -1,7 +1,7 @@
 """Train a small byte-level Llama on the standard library's docstrings and save it as a transformers folder.
 
-Run `python examples/base_model.py base_model`. The folder then holds what every Llama folder holds, config.json and
-model.safetensors, so that `AutoModelForCausalLM.from_pretrained`, bitsandbytes and llama_nnx.load_llama read it.
+Run `python examples/demo/base_model.py base_model`. The folder then holds what every Llama folder holds, config.json
+and model.safetensors, so that `AutoModelForCausalLM.from_pretrained`, bitsandbytes and llama_nnx.load_llama read it.
 """
 
 import math

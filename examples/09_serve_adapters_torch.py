@@ -1,25 +1,25 @@
 """Serve several adapters on one base model: a batch whose rows each ask for another one, and switching between them.
 
-Run `python examples/serve_adapters.py [--model FOLDER]`. Three adapters of different r, sparsity and targets learn to
-write in three ways, are saved, and are loaded together onto one base, in 4 bits with --nf4. Without --model, a small
-byte-level Llama is trained first. About two minutes on two CPU cores; the last line is
+Run `python examples/09_serve_adapters_torch.py [--model FOLDER] [--nf4]`. Three adapters of different r, sparsity and
+targets learn to write in three ways, are saved, and are loaded together onto one base, in 4 bits with --nf4. Without
+--model, a small byte-level Llama is trained first. It needs `pip install "randlora[torch]"`, with --nf4
+`"randlora[bnb]" accelerate`, and takes about two minutes on two CPU cores; the last line is
 
-    every row of the mixed batch is that of its adapter alone; the adapters are in runs/serve_adapters
+    every row of the mixed batch is that of its adapter alone; the adapters are in runs/09_serve_adapters_torch
 """
 
 import argparse
 import contextlib
 import sys
+import sysconfig
 import time
+from collections.abc import Iterable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
-import base_model
-import numpy as np
-import text
 import torch
-from progress import progress
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import randlora_torch
 from randlora_torch import RandLoraConfig
@@ -46,10 +46,9 @@ class Generated(NamedTuple):
 def main() -> None:
     """Train and save three adapters, then serve them."""
     options = parse_arguments()
-    out = Path(options.out)
-    folder = Path(options.model) if options.model else out / "base_model"
+    out, folder = options.out, options.model or options.out / "base_model"
     if not options.model:
-        base_model.train_base(folder, steps=options.base_steps)
+        train_base(folder, options.base_steps)
     train_adapters(load_base(folder), options.steps).save_pretrained(out)  # each into a folder of its name
 
     server = load_base(folder, nf4=options.nf4).eval()
@@ -83,15 +82,13 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line; `--smoke` makes every part a few steps long."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="folder of a byte-level Llama, as base_model.py writes (default: train one)")
-    parser.add_argument("--out", default="runs/serve_adapters", help="where to write (default: %(default)s)")
-    parser.add_argument("--base-steps", type=int, default=base_model.STEPS, help="steps of the base model")
+    parser.add_argument("--model", type=Path, help="folder of a byte-level Llama (default: train a small one)")
+    parser.add_argument("--out", type=Path, default="runs/09_serve_adapters_torch", help="where to write")
     parser.add_argument("--steps", type=int, default=100, help="steps of each adapter (default: %(default)s)")
     parser.add_argument("--nf4", action="store_true", help="serve on the base in 4 bits")
     parser.add_argument("--smoke", action="store_true", help="a few steps of everything, as a test")
     options = parser.parse_args()
-    if options.smoke:
-        options.base_steps, options.steps = 4, 2
+    options.steps, options.base_steps = (2, 4) if options.smoke else (options.steps, 300)
     return options
 
 
@@ -105,19 +102,12 @@ def load_base(folder: Path, *, nf4: bool = False) -> torch.nn.Module:
 
 def train_adapters(model: torch.nn.Module, steps: int) -> torch.nn.Module:
     """All adapters on one model, trained one after the other: only the active one computes and gets gradients."""
-    docs = text.docstrings()
-    ways = {"code": text.source_code(), "capitals": docs.upper(), "leet": docs.translate(LEET)}
+    manual = "".join(topics.values()).encode()
+    library = b"".join(file.read_bytes() for file in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")))
+    ways = {"code": library, "capitals": manual.upper(), "leet": manual.translate(LEET)}
     for name, config in CONFIGS.items():
-        randlora_torch.get_peft_model(model.train(), config, name)  # in place, and active
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2.5e-3)
-        crops, losses = text.batches(text.to_tokens(ways[name]), batch_size=4, length=128, seed=0), []
-        describe = lambda name=name, losses=losses: f"{name}: loss {np.mean(losses[-20:]):.3f}"  # noqa: E731
-        for batch in progress(crops, total=steps, describe=describe, every=50):
-            loss = base_model.next_token_loss(model, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        randlora_torch.get_peft_model(model, config, name)  # in place, and active
+        train(name, model, ways[name], [p for p in model.parameters() if p.requires_grad], steps)
     return model
 
 
@@ -141,6 +131,31 @@ def adapter_bytes(model: torch.nn.Module) -> int:
     """Memory of all adapters: their factors, and the bases that all layers share."""
     factors = sum(p.nbytes for name, p in model.named_parameters() if "randlora_" in name)
     return factors + model.randlora_A.nbytes + model.randlora_B.nbytes
+
+
+# A stand-in for your model: a Llama of 0.9 million parameters that reads bytes, trained on the manual of Python.
+def train_base(folder: Path, steps: int) -> None:
+    """Train it for some steps and save it; bitsandbytes wants sizes that are multiples of 64."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 256, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None))
+    train("base model", model, "".join(topics.values()).encode(), model.parameters(), steps)
+    model.save_pretrained(folder)
+
+
+def train(name: str, model: torch.nn.Module, text: bytes, parameters: Iterable[torch.Tensor], steps: int) -> None:
+    """Train some parameters on random crops of a text, one token per byte."""
+    model.train()
+    optimizer, tokens = torch.optim.AdamW(parameters, lr=2.5e-3), torch.tensor(list(text))
+    for step in range(1, steps + 1):
+        batch = tokens[torch.randint(len(tokens) - 128, (8, 1)) + torch.arange(128)]  # (B, T)
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            print(f"{name}: step {step}/{steps}, loss {loss.item():.3f}", file=sys.stderr)
 
 
 if __name__ == "__main__":
