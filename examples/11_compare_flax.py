@@ -3,7 +3,7 @@
 Run `python examples/11_compare_flax.py`. A small ViT learns scikit-learn's handwritten digits. Then each method adapts
 it to digits turned by 90 degrees, white on black, from 200 images. The learning rate of each method and budget comes
 from one sweep on validation images; several seeds, trained at once by `jax.vmap`, give the spread on test images.
-About fifteen minutes on two idle CPU cores; the last line is
+About ten minutes on two idle CPU cores; the last line is
 
     wrote results.md, results.json and compare.png to runs/11_compare_flax
 """
