@@ -84,18 +84,21 @@ def main() -> None:
     options = parse_arguments()
     upright, training, validation, test = load_images()
     fresh = jax.jit(ViT().init)(jax.random.key(0), upright[0][:1])
-    train, score = trainer(lambda seed: Method(fresh, ()), upright, 10 * options.steps)([0], [2e-3])
+    whole = Method(fresh, ())
+    train, score = trainer(whole, upright, 10 * options.steps)(lambda seed: whole, [0], [2e-3])
     trained, _ = train()
-    base, unadapted = jax.tree.map(itemgetter(0), trained), score(trained, test)[0]
-    layouts, runs, again = infer_layouts(ViT().apply, base, upright[0][:1]), [], []
+    base, unadapted = jax.tree.map(itemgetter(0), jax.device_get(trained)), score(trained, test)[0]
+    layouts, prepare, runs, again = infer_layouts(ViT().apply, base, upright[0][:1]), {}, [], []
     for budget, name in [(0, FULL), *((budget, name) for budget in options.budgets for name in NAMES)]:
         r = options.budgets[budget] if name in KINDS else budget
         make = partial(make_method, name, r, base, layouts, options.steps)
-        prepare = trainer(make, training, options.steps)
-        train, score = prepare([SWEEP_SEED] * len(options.rates), options.rates)
+        program = "RandLoRA" if name in KINDS else name, budget  # bases of all kinds are arguments of one
+        if program not in prepare:
+            prepare[program] = trainer(make(0), training, options.steps)
+        train, score = prepare[program](make, [SWEEP_SEED] * len(options.rates), options.rates)
         sweep = score(train()[0], validation)
         rate = options.rates[int(np.argmax(sweep))]
-        train, score = prepare(range(options.seeds), [rate] * options.seeds)
+        train, score = prepare[program](make, range(options.seeds), [rate] * options.seeds)
         trees, states = train()
         run = {"method": name, "budget": budget, "r": r, "trainable": counts(make(0).adapter, trees, states)}
         runs.append(run | {"rate": rate, "sweep": sweep, "scores": score(trees, test)})
@@ -151,7 +154,8 @@ def make_method(name: str, r: int, base: Any, layouts: Any, steps: int, seed: in
         return Method(start, (), partial(with_lora, base))
     put = lambda factors, bases: dataclasses.replace(adapter, factors=factors, bases=Bases(*bases))  # noqa: E731
     variables = lambda factors, bases: effective_params(base, put(factors, bases))  # noqa: E731
-    return Method(adapter.trainable, tuple(map(np.asarray, adapter.bases)), variables)
+    bases = tuple(np.asarray(basis, np.float32) for basis in adapter.bases)  # as bfloat16 or codes they are the same
+    return Method(adapter.trainable, bases, variables)
 
 
 def with_lora(base: Any, factors: dict[str, tuple[jax.Array, jax.Array]], _: tuple) -> Any:
@@ -163,9 +167,12 @@ def with_lora(base: Any, factors: dict[str, tuple[jax.Array, jax.Array]], _: tup
     return unflatten_dict(flat, sep=".")
 
 
-def trainer(make: Callable[[int], Method], images: tuple[np.ndarray, np.ndarray], steps: int) -> Callable:
-    """A function from seeds and learning rates to two: one trains them all at once, one scores what was trained."""
-    method, shape = make(0), optax.warmup_cosine_decay_schedule(0, 1, max(1, steps // 10), steps)
+def trainer(method: Method, images: tuple[np.ndarray, np.ndarray], steps: int) -> Callable:
+    """A function from what makes methods like this, seeds and learning rates to two.
+
+    One trains them all at once, one scores what was trained.
+    """
+    shape = optax.warmup_cosine_decay_schedule(0, 1, max(1, steps // 10), steps)
 
     @jax.jit
     @partial(jax.vmap, in_axes=(0, 0, 0, 0, None))
@@ -193,11 +200,11 @@ def trainer(make: Callable[[int], Method], images: tuple[np.ndarray, np.ndarray]
     def predict(tree: Any, frozen: Any, pixels: jax.Array) -> jax.Array:
         return ViT().apply(method.variables(tree, frozen), pixels)
 
-    def prepare(seeds: Sequence[int], rates: Sequence[float]) -> tuple[Callable, Callable]:
+    def prepare(make: Callable[[int], Method], seeds: Sequence[int], rates: Sequence[float]) -> tuple:
         made = [make(seed)[:2] for seed in seeds]
-        start, frozen = jax.tree.map(lambda *leaves: jnp.stack(leaves), *made)
+        start, frozen = jax.tree.map(lambda *leaves: np.stack(leaves), *made)
         rows = [np.random.default_rng(seed).integers(len(images[1]), size=(steps, BATCH_SIZE)) for seed in seeds]
-        run = partial(train, start, frozen, jnp.array(rates), jnp.array(rows))
+        run = partial(train, start, frozen, np.float32(rates), np.stack(rows))
 
         def score(trees: Any, images: tuple[np.ndarray, np.ndarray]) -> list[float]:
             told = np.asarray(predict(trees, frozen, images[0])).argmax(-1)  # (seeds, N)
@@ -209,14 +216,13 @@ def trainer(make: Callable[[int], Method], images: tuple[np.ndarray, np.ndarray]
 
 
 def counts(adapter: adalora.AdaLoraAdapter | None, trees: Any, states: Any) -> list[int]:
-    """What each seed trains; of AdaLoRA, what it has left in the end."""
-    found = []
-    for seed in range(len(jax.tree.leaves(trees)[0])):
-        tree, state = jax.tree.map(itemgetter(seed), (trees, states))
-        if adapter is not None:  # one that is pruned, in numpy, has no padding where layers have other ranks
-            tree = adalora.prune(adapter.with_trainable(tree), state).to_interop().factors
-        found.append(sum(leaf.size for leaf in jax.tree.leaves(tree)))
-    return found
+    """What each seed trains; of AdaLoRA, the triplets that the allocator has left in the end."""
+    leaves = jax.tree.leaves(trees)  # (seeds, ...)
+    seeds = len(leaves[0])
+    if adapter is None:
+        return [sum(leaf.size for leaf in leaves) // seeds] * seeds
+    masks = {name: np.asarray(mask) for name, mask in states.mask.items()}  # (seeds, layers, rank)
+    return [sum(int(masks[name][i].sum()) * (sum(shape) + 1) for name, shape in adapter.shapes) for i in range(seeds)]
 
 
 def alternate(runs: list[Callable[[], Any]]) -> list[list[float]]:
