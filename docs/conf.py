@@ -29,7 +29,7 @@ author = copyright = "the randlora authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "comparison/*.md"]  # results that comparison.md shows
 html_theme = "furo"
 html_title = "randlora"
 html_copy_source = False

@@ -1,6 +1,7 @@
 """Every block of the README and of the guides runs, and prints what the page says it prints."""
 
 import json
+import logging
 
 import documents
 import pytest
@@ -16,6 +17,7 @@ INSTALLING = ("pip install", "make ", "git clone")  # test_wheel.py and CI itsel
 def test_the_blocks_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypatch):
     """One namespace and one working directory for all blocks of a page, in order: later ones build on earlier ones."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root.manager, "disable", 0)  # what a page silences is silent for that page only
     namespace = {"__name__": page.stem}
     for block in documents.blocks(page):
         if block.language in PARSED:

@@ -84,8 +84,10 @@ def assert_equals_eager(transformed, model, run, *, close=CLOSE, close_gradients
     torch.testing.assert_close(first_gradients, second_gradients, **close_gradients)
 
 
-# A Llama with one adapter compiles below, with its loss.
-@cross("MLP-two active adapters", kind=list(MODELS), adapters={"one adapter": 1, "two active adapters": 2})
+@pytest.mark.parametrize(
+    "adapters", [pytest.param(1, id="one adapter", marks=pytest.mark.slow), pytest.param(2, id="two active adapters")]
+)
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_compiled_model_computes_the_output_and_the_gradients_of_the_eager_one(kind, adapters, randlora):
     model = adapted(randlora, kind, adapters)
     assert_equals_eager(compiled(model), model, MODELS[kind][2])

@@ -115,7 +115,7 @@ def test_the_weight_is_made_once_for_all_micro_batches_and_its_gradient_is_proje
 
     monkeypatch.setattr(contraction, "add_product", counting_add)
     monkeypatch.setattr(gradient_rules.Operands, "project", counting_project)
-    model = randomize(get_peft_model(mlp(), config(["up", "down", "head"])))  # all that multiplies
+    model = adapted(dtype=torch.float32)
     with fold_once(model):
         for part in X.split(1):
             total(model, part).backward()
@@ -262,7 +262,7 @@ class More(nn.Linear):
 
 @pytest.mark.parametrize("hook", ["forward hook", "forward replaced", "subclass"])
 def test_a_base_layer_that_does_more_than_multiply_is_called(hook):
-    model = randomize(get_peft_model(mlp(), config(["up", "down", "head"])))  # all that multiplies
+    model = adapted(dtype=torch.float32)
     set_plan(model, "folded")
     base, calls = model.up.base_layer, []
     if hook == "forward hook":
@@ -280,7 +280,7 @@ def test_a_base_layer_that_does_more_than_multiply_is_called(hook):
 
 
 def test_many_steps_leave_no_memory_behind():
-    model = randomize(get_peft_model(mlp(), config(["up", "down", "head"])))  # all that multiplies
+    model = adapted(dtype=torch.float32)
 
     def step():
         with fold_once(model):
