@@ -48,6 +48,7 @@ nitpick_ignore_regex = [
     ("py:obj", r".*"),  # code in docstrings that is no name
     ("py:.*", r"(?!interop\b|randlora_).*"),  # names of other projects
     ("py:class", r".*\.(AdapterOfKind|Model|Params|This|Tree)"),  # type variables
+    ("py:class", r".*\.AdapterModel"),  # what RandLoraModel and AdaLoraModel have in common
     # Kinds of values that users pass on or look at, but do not make.
     ("py:class", r".*\.(_\w+|AttachedAdapter|Origin|Packed4bit|Parameter|Prefix|Quantized|Rows8bit|SparseBasis)"),
 ]

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_RESULTS = ROOT / "docs" / "comparison"  # tables that comparison.md shows
+PAGES = [ROOT / "README.md", *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent != _RESULTS)]
 _FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 _ROADS = re.compile(r"^<!-- road: (?P<names>[\w ]+?) -->\s*\Z", re.MULTILINE)  # on a line of its own before a fence
 

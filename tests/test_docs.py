@@ -12,7 +12,7 @@ import pytest
 import interop
 
 DOCS = documents.ROOT / "docs"
-PAGES = sorted(DOCS.rglob("*.md"))
+PAGES = [page for page in documents.PAGES if DOCS in page.parents]
 PICTURES = {path.name for path in (DOCS / "pictures").iterdir()}
 _PICTURE = re.compile(r"!\[[^\]]+\]\((?!https?:)([^)]+)\)")
 _TOCTREE = re.compile(r"^:::\{toctree\}\n(?:(?::[a-z]+:[^\n]*)?\n)*(.*?)^:::$", re.DOTALL | re.MULTILINE)
