@@ -6,6 +6,7 @@ torch saves itself, and each way takes at most the time in which PEFT loads the 
 
 import copy
 import tempfile
+import textwrap
 from pathlib import Path
 
 import jax
@@ -46,7 +47,7 @@ def main() -> None:
     rows += [(name, measure.spread(seconds[name]), f"{measure.bar(found[name])[0]:.2f}") for name in ways]
     title = f"Moving an adapter of a Llama, hidden {HIDDEN}, 14 adapted layers, r = {llama.RANK}"
     measure.write("convert", title, rows, packages=("numpy", "torch", "jax", "peft"))
-    labels = [name.replace(" to ", "\nto ").replace(" onto ", "\nonto ") for name in ways]
+    labels = [textwrap.fill(name, 12) for name in ways]
     bars = {"time": [measure.bar(values) for values in found.values()]}
     measure.draw("convert", title, labels, bars, "time relative to PEFT's loading")
     above = {name: measure.bar(values)[0] for name, values in found.items() if measure.bar(values)[0] > 1}

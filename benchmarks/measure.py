@@ -104,12 +104,12 @@ def draw(
         line = {"linewidth": 0.8 if errors.any() else 0}
         drawn = axes.bar(centers, middle, width, yerr=errors, label=label, capsize=2 * errors.any(), error_kw=line)
         if not crowded:
-            numbers = [f"{value:.3g}" if value >= 100 else f"{value:.2f}" for value in middle]
+            numbers = [f"{value:.3g}" if value >= 10 else f"{value:.2f}" for value in middle]
             axes.bar_label(drawn, numbers, padding=2, fontsize="small")  # above the line of the rounds
     if "relative" in unit:
         axes.axhline(1, color="black", linewidth=0.8, linestyle="--", zorder=0)
     axes.set_xticks(range(len(groups)), groups, fontsize="small" if crowded else "medium")
-    axes.set(title=textwrap.fill(title, int(9 * wide)), ylabel=f"{unit} (less is better)")
+    axes.set(title=textwrap.fill(title, int(10 * wide)), ylabel=f"{unit} (less is better)")
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if any(low < high for bars in series.values() for _, low, high in bars):
